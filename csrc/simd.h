@@ -1,0 +1,121 @@
+// The few steps that g++ does not vectorise well by itself, for the instruction set of the including file.
+#pragma once
+
+#include "noise.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace topk_fast {
+namespace TOPK_FAST_ISA {
+
+constexpr int kLanes = 16;  // blocks are padded to this many entries, on every instruction set
+
+#if defined(__AVX512F__)
+#define TOPK_FAST_COMPARE(x, bound, how) _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_##how##_UQ)
+#elif defined(__AVX2__)
+#define TOPK_FAST_HALF(x, bound, how) \
+  (uint32_t) _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_set1_ps(bound), _CMP_##how##_UQ))
+#define TOPK_FAST_COMPARE(x, bound, how) (TOPK_FAST_HALF(x, bound, how) | TOPK_FAST_HALF(x + 8, bound, how) << 8)
+#endif
+
+// Bit i: not (x[i] <= bound), so that a NaN is a hit.
+template <class S>
+static inline uint32_t hits_above(const S* x, S bound) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (uint32_t) !(x[i] <= bound) << i;
+  return mask;
+}
+
+// Bit i: not (x[i] < bound).
+template <class S>
+static inline uint32_t hits_at_least(const S* x, S bound) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (uint32_t) !(x[i] < bound) << i;
+  return mask;
+}
+
+#if defined(TOPK_FAST_COMPARE)
+template <>
+inline uint32_t hits_above(const float* x, float bound) {
+  return TOPK_FAST_COMPARE(x, bound, NLE);
+}
+template <>
+inline uint32_t hits_at_least(const float* x, float bound) {
+  return TOPK_FAST_COMPARE(x, bound, NLT);
+}
+#endif
+
+// 64-bit lanes of which only the low halves count: a round of Philox is then two multiplications, two shifts
+// and two xors. Left to itself g++ 12 packs and unpacks between rounds and takes twice as long.
+#if defined(__AVX512F__)
+struct Lanes {
+  static constexpr int n = 8;
+  __m512i x;
+  static Lanes load(const uint32_t* p) { return {_mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)p))}; }
+  static Lanes all(uint32_t v) { return {_mm512_set1_epi64(v)}; }
+  void store(uint32_t* p) const { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi64_epi32(x)); }
+  Lanes times(Lanes o) const { return {_mm512_mul_epu32(x, o.x)}; }
+  Lanes high() const { return {_mm512_srli_epi64(x, 32)}; }
+  Lanes operator^(Lanes o) const { return {_mm512_xor_si512(x, o.x)}; }
+};
+#elif defined(__AVX2__)
+struct Lanes {
+  static constexpr int n = 4;
+  __m256i x;
+  static Lanes load(const uint32_t* p) { return {_mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i*)p))}; }
+  static Lanes all(uint32_t v) { return {_mm256_set1_epi64x(v)}; }
+  void store(uint32_t* p) const {
+    const __m256i even = _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(even));
+  }
+  Lanes times(Lanes o) const { return {_mm256_mul_epu32(x, o.x)}; }
+  Lanes high() const { return {_mm256_srli_epi64(x, 32)}; }
+  Lanes operator^(Lanes o) const { return {_mm256_xor_si256(x, o.x)}; }
+};
+#else
+struct Lanes {
+  static constexpr int n = 1;
+  uint64_t x;
+  static Lanes load(const uint32_t* p) { return {*p}; }
+  static Lanes all(uint32_t v) { return {v}; }
+  void store(uint32_t* p) const { *p = (uint32_t)x; }
+  Lanes times(Lanes o) const { return {(uint64_t)(uint32_t)x * (uint32_t)o.x}; }
+  Lanes high() const { return {x >> 32}; }
+  Lanes operator^(Lanes o) const { return {x ^ o.x}; }
+};
+#endif
+
+// noise.h's philox over n calls, n a multiple of kLanes: counters (c0[i], c1, c2[i] or c2_all, c3).
+static inline void philox_block(const uint32_t* c0, uint32_t c1, const uint32_t* c2, uint32_t c2_all, uint32_t c3,
+                                uint64_t seed, int n, uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
+  const Lanes m0 = Lanes::all(0xD2511F53u), m1 = Lanes::all(0xCD9E8D57u);
+  for (int i = 0; i < n; i += Lanes::n) {
+    Lanes x0 = Lanes::load(c0 + i), x1 = Lanes::all(c1), x3 = Lanes::all(c3);
+    Lanes x2 = c2 ? Lanes::load(c2 + i) : Lanes::all(c2_all);
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const Lanes a = x0.times(m0), b = x2.times(m1);
+      x0 = b.high() ^ x1 ^ Lanes::all(k0);
+      x2 = a.high() ^ x3 ^ Lanes::all(k1);
+      x1 = b, x3 = a;
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    x0.store(w0 + i), x1.store(w1 + i), x2.store(w2 + i), x3.store(w3 + i);
+  }
+}
+
+// Widening to float32, exact for bfloat16 and half alike; integer steps, so a flush-to-zero mode changes nothing.
+static inline float widen_bfloat16(uint16_t h) { return bits_float((uint32_t)h << 16); }
+
+static inline float widen_half(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, body = h & 0x7fffu;
+  const uint32_t normal = (body << 13) + (body >= 0x7c00u ? 0x70000000u : 0x38000000u);
+  const uint32_t small = float_bits((float)(int32_t)body * 5.9604644775390625e-08f);
+  return bits_float(sign | (body < 0x400u ? small : normal));
+}
+
+}  // namespace TOPK_FAST_ISA
+}  // namespace topk_fast

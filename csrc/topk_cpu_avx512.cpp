@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,prefer-vector-width=512")
+#define TOPK_FAST_ISA avx512
+#include "topk_cpu_kernel.h"
+#endif

@@ -1,0 +1,399 @@
+// The k best of s + epsilon * Z for every row and sample, on CPU; compiled once per instruction set.
+//
+// Formula and sampler: topk_fast/reference.py; draws: noise.h. One pass over a row finds the cut from some group
+// maxima (a sixth of a long row), a second one collects the classes above it. They get a draw per sample in blocks
+// of kTile; the others enter as arrivals, in rounds over all samples of the row.
+// Fused: noise never leaves registers and L1; legal because the k best of a union come from the k bests of its
+// parts, and a value below a lower bound of the k-th best cannot enter.
+// Bytes: the row once, a sixth of it twice, B arrivals' look-ups; work items are (row, share of the samples).
+// Bits: every rounding is noise.h's or one written here; order is (value descending, class ascending).
+
+#include "simd.h"
+#include "topk_cpu.h"
+
+namespace topk_fast {
+namespace TOPK_FAST_ISA {
+
+namespace {
+
+constexpr int kTile = 512;       // contenders drawn at a time
+constexpr int kArrivals = 512;   // arrivals drawn at a time, over all samples
+constexpr int kMaxima = 1024;    // `plan` looks at fewer groups than this
+constexpr int kLaneMaxima = 64;  // up to here the bound's rank is found by counting pairs
+constexpr int kGroup = 16;       // samples whose arrivals are walked side by side
+
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+static inline float widen(float x) { return x; }
+static inline double widen(double x) { return x; }
+static inline float widen(BFloat16 x) { return widen_bfloat16(x.bits); }
+static inline float widen(Half x) { return widen_half(x.bits); }
+
+static inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
+
+// Totally ordered integer keys of floats, for the last steps of a bisection.
+static inline float key_middle(float lo, float hi) {
+  const auto key = [](float x) {
+    const uint32_t b = float_bits(x);
+    return (int64_t)(int32_t)(b & 0x80000000u ? 0x80000000u - b : b);
+  };
+  const int64_t mid = key(lo) + (key(hi) - key(lo)) / 2;
+  return bits_float(mid < 0 ? 0x80000000u - (uint32_t)mid : (uint32_t)mid);
+}
+static inline double key_middle(double lo, double hi) {
+  const auto key = [](double x) {
+    int64_t b;
+    memcpy(&b, &x, 8);
+    return b < 0 ? (int64_t)(0x8000000000000000ull - (uint64_t)b) : b;
+  };
+  const int64_t a = key(lo), b = key(hi), mid = (a & b) + ((a ^ b) >> 1);
+  const uint64_t bits = mid < 0 ? 0x8000000000000000ull - (uint64_t)mid : (uint64_t)mid;
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+
+// The rank-th largest of x[0..n), n a multiple of kLanes padded with -inf; no NaN, 1 <= rank <= n.
+// Bisection by counting: a count is n / 16 vector steps without a branch, some ten of them do.
+template <class S>
+static S rank_select(const S* x, int n, int rank) {
+  const S inf = (S)__builtin_inf();
+  S lo = inf, hi = -inf;
+  for (int i = 0; i < n; ++i) hi = x[i] > hi ? x[i] : hi;
+  for (int i = 0; i < n; ++i) lo = (x[i] < lo && x[i] > -inf) ? x[i] : lo;
+  const auto count = [&](S bound) {
+    int c = 0;
+    for (int i = 0; i < n; ++i) c += x[i] >= bound;
+    return c;
+  };
+  const auto least_from = [&](S bound) {
+    S least = inf;
+    for (int i = 0; i < n; ++i) least = (x[i] >= bound && x[i] < least) ? x[i] : least;
+    return least;
+  };
+  if (count(hi) >= rank) return hi;
+  if (lo == inf || count(lo) < rank) return -inf;
+  if (hi == inf) hi = sizeof(S) == 4 ? (S)3.40282347e+38 : (S)1.7976931348623157e+308;
+  if (count(hi) >= rank) return hi;
+  int step = 0;  // from here on count(lo) >= rank > count(hi)
+  for (;;) {
+    const S mid = step < 16 ? lo * (S)0.5 + hi * (S)0.5 : key_middle(lo, hi);
+    if (!(mid > lo && mid < hi)) {
+      if (step >= 16) return lo;
+      step = 16;
+      continue;
+    }
+    const int c = count(mid);
+    if (c == rank) return least_from(mid);
+    if (c < rank) {
+      hi = mid;
+    } else {
+      lo = mid;
+      if (step >= 10) {  // many equal values: step from one of them to the next
+        lo = least_from(mid);
+        int above = 0;
+        for (int i = 0; i < n; ++i) above += x[i] > lo;
+        if (above < rank) return lo;
+      }
+    }
+    ++step;
+  }
+}
+
+// out[i] = maximum of the i-th group looked at, NaN left out (the second pass finds every NaN).
+template <int G, class T, class S>
+static void group_maxima(const T* row, int64_t n_classes, int64_t stride, S* out, int n) {
+  const int full = (int)((n_classes / G + stride - 1) / stride);  // groups looked at that are whole
+  const auto maximum = [](const T* x, int count) {
+    S m = -(S)__builtin_inf();
+    for (int j = 0; j < count; ++j) m = widen(x[j]) > m ? widen(x[j]) : m;
+    return m;
+  };
+  if (stride == 1) {
+    for (int i = 0; i < full; ++i) out[i] = maximum(row + (int64_t)i * G, G);
+  } else {
+    for (int i = 0; i < full; ++i) out[i] = maximum(row + i * stride * G, G);
+  }
+  for (int i = full; i < n; ++i) {
+    const int64_t start = i * stride * G;
+    out[i] = maximum(row + start, (int)(n_classes - start));
+  }
+}
+
+// One row's samples [b0, b1) and their k best so far, best first, (-inf, -1) where there are fewer.
+template <class T>
+struct Row {
+  using S = typename Arithmetic<T>::type;
+  const Search& p;
+  const T* scores;
+  S* values;     // [b1 - b0, k]
+  int64_t* ids;  // [b1 - b0, k]
+  uint32_t row = 0;
+  int64_t b0 = 0, b1 = 0;
+  int arrivals = 16;  // a guess, from the row before, of how many a sample needs: moves cost, never results
+  S cut = 0;
+  int64_t contenders = 0;
+  bool nan = false;
+  int tile = 0;
+  alignas(64) uint32_t tile_ids[kTile + 64] = {};  // the contenders that wait for their draws
+  alignas(64) S tile_scores[kTile + 64] = {};
+
+  static constexpr S inf = (S)__builtin_inf();
+
+  static bool outranks(S v, int64_t id, S w, int64_t other) { return v > w || (v == w && id < other); }
+
+  void insert(S* v, int64_t* c, S value, int64_t id) const {
+    int64_t j = p.k - 1;
+    if (!outranks(value, id, v[j], c[j])) return;
+    for (; j > 0 && outranks(value, id, v[j - 1], c[j - 1]); --j) v[j] = v[j - 1], c[j] = c[j - 1];
+    v[j] = value, c[j] = id;
+  }
+
+  // A lower bound of the k-th largest of x[0..n): the k-th largest of maxima over disjoint parts.
+  S lower_bound(const S* x, int n) const {
+    alignas(64) S m[kTile + 64];
+    int width = round_up((int)(p.k < kTile ? 2 * p.k : n), kLanes);
+    width = width < n ? width : n;
+    if (p.k > width) return -inf;
+    for (int i = 0; i < width; ++i) m[i] = x[i];
+    for (int i = width; i < n; i += kLanes) {
+      S* part = m + (i % width);
+      for (int j = 0; j < kLanes; ++j) part[j] = x[i + j] > part[j] ? x[i + j] : part[j];
+    }
+    if (width > kLaneMaxima) return rank_select(m, width, (int)p.k);
+    alignas(64) int at_least[kLaneMaxima] = {};
+    for (int j = 0; j < width; ++j)
+      for (int i = 0; i < width; ++i) at_least[i] += m[j] >= m[i];
+    S bound = -inf;
+    for (int i = 0; i < width; ++i) bound = (at_least[i] >= p.k && m[i] > bound) ? m[i] : bound;
+    return bound;
+  }
+
+  // Draws for the waiting contenders, all samples, and the best of them into the lists.
+  void flush() {
+    if (!tile) return;
+    const int n = round_up(tile, kLanes);
+    for (int i = tile; i < n; ++i) tile_ids[i] = tile_ids[0], tile_scores[i] = -inf;
+    alignas(64) uint32_t words[4][kTile + 64];
+    alignas(64) S x[kTile + 64];
+    for (int64_t quad = b0 / 4; quad * 4 < b1; ++quad) {
+      philox_block(tile_ids, row, nullptr, (uint32_t)quad, 0, p.seed, n, words[0], words[1], words[2], words[3]);
+      const int64_t last = b1 - quad * 4 < 4 ? b1 - quad * 4 : 4;
+      for (int64_t w = 0; w < last; ++w) {
+        const S epsilon = (S)p.epsilon;
+        const uint32_t* word = words[w];
+        for (int i = 0; i < n; ++i) x[i] = tile_scores[i] + epsilon * (S)normal(word[i]);
+        const int64_t b = quad * 4 + w - b0;
+        S* v = values + b * p.k;
+        int64_t* c = ids + b * p.k;
+        const S kth = v[p.k - 1];
+        const S bound = kth > -inf ? kth : lower_bound(x, n);
+        for (int i = 0; i < n; i += kLanes) {
+          uint32_t hits = hits_at_least(x + i, bound);
+          for (; hits; hits &= hits - 1) {
+            const int j = i + __builtin_ctz(hits);
+            insert(v, c, x[j], tile_ids[j]);
+          }
+        }
+      }
+    }
+    contenders += tile;
+    tile = 0;
+  }
+
+  // Every class above the cut into the tile; any NaN ends the row.
+  void collect() {
+    contenders = tile = 0;
+    nan = false;
+    for (int64_t i = 0; i < (b1 - b0) * p.k; ++i) values[i] = -inf, ids[i] = -1;
+    const uint32_t first = (uint32_t)p.first_class;
+    alignas(64) S wide[64];
+    for (int64_t start = 0; start < p.n_classes; start += 64) {
+      const S* x;
+      const int64_t count = p.n_classes - start < 64 ? p.n_classes - start : 64;
+      if (sizeof(T) == sizeof(S) && count == 64) {
+        x = (const S*)(scores + start);
+      } else {
+        for (int64_t i = 0; i < count; ++i) wide[i] = widen(scores[start + i]);
+        for (int64_t i = count; i < 64; ++i) wide[i] = -inf;
+        x = wide;
+      }
+      uint64_t hits = (uint64_t)hits_above(x, cut) | (uint64_t)hits_above(x + 16, cut) << 16 |
+                      (uint64_t)hits_above(x + 32, cut) << 32 | (uint64_t)hits_above(x + 48, cut) << 48;
+      if (!hits) continue;
+      bool bad = false;
+      for (; hits; hits &= hits - 1) {
+        const int i = __builtin_ctzll(hits);
+        tile_ids[tile] = first + (uint32_t)(start + i);
+        tile_scores[tile++] = x[i];
+        bad |= x[i] != x[i];
+      }
+      if (bad) {
+        nan = true;
+        return;
+      }
+      if (tile >= kTile) flush();
+    }
+    flush();
+  }
+
+  void choose_cut() {
+    cut = -inf;
+    const Plan plan_ = plan(p.n_classes, p.k);
+    if (p.dense || plan_.all) return;
+    alignas(64) S maxima[kMaxima + kLanes];
+    const int64_t groups = (p.n_classes + plan_.group - 1) / plan_.group;
+    const int n = (int)((groups + plan_.stride - 1) / plan_.stride), padded = round_up(n, kLanes);
+    switch (plan_.group) {
+      case 1: group_maxima<1>(scores, p.n_classes, plan_.stride, maxima, n); break;
+      case 2: group_maxima<2>(scores, p.n_classes, plan_.stride, maxima, n); break;
+      case 4: group_maxima<4>(scores, p.n_classes, plan_.stride, maxima, n); break;
+      case 8: group_maxima<8>(scores, p.n_classes, plan_.stride, maxima, n); break;
+      case 16: group_maxima<16>(scores, p.n_classes, plan_.stride, maxima, n); break;
+      default: group_maxima<32>(scores, p.n_classes, plan_.stride, maxima, n);
+    }
+    for (int i = n; i < padded; ++i) maxima[i] = -inf;
+    cut = rank_select(maxima, padded, plan_.rank);
+    if (cut == inf) cut = -inf;
+  }
+
+  bool fewer_finite_than(int64_t m) const {
+    int64_t finite = 0;
+    for (int64_t i = 0; i < p.n_classes && finite < m; ++i) finite += widen(scores[i]) > -inf;
+    return finite < m;
+  }
+
+  // The background: arrivals in falling order until none can enter, side by side for up to kGroup samples.
+  void walk(int64_t from, int64_t to) {
+    int64_t active[kGroup], sum[kGroup];
+    int n_active = 0;
+    for (int64_t b = from; b < to; ++b) active[n_active] = b, sum[n_active++] = 0;
+    const float inverse_l = 1.0f / (float)p.n_classes;
+    const S epsilon = (S)p.epsilon;
+    alignas(64) uint32_t c0[kArrivals / 2], c2[kArrivals / 2], words[4][kArrivals / 2];
+    alignas(64) int32_t gaps[2][kArrivals / 2];
+    alignas(64) int64_t times[kArrivals];
+    alignas(64) float z[kArrivals];
+    uint32_t done = 0;  // pairs of arrivals behind us
+    int64_t walked = 0;
+    for (int round = 0; n_active; ++round) {
+      int pairs = round ? 4 : (arrivals + 1) / 2;
+      const int most = kArrivals / 2 / n_active;
+      pairs = pairs < 1 ? 1 : pairs > most ? most : pairs;
+      if (round > 1) pairs = most < 16 ? most : 16;
+      const int calls = n_active * pairs, padded = round_up(calls, kLanes);
+      for (int a = 0; a < n_active; ++a)
+        for (int i = 0; i < pairs; ++i) {
+          c0[a * pairs + i] = done + (uint32_t)i;
+          c2[a * pairs + i] = (uint32_t)(b0 + active[a]);
+        }
+      for (int i = calls; i < padded; ++i) c0[i] = c2[i] = 0;
+      philox_block(c0, row, c2, 0, 1 + (uint32_t)p.first_class, p.seed, padded, words[0], words[1], words[2],
+                   words[3]);
+      for (int i = 0; i < padded; ++i) gaps[0][i] = gap(words[0][i]);
+      for (int i = 0; i < padded; ++i) gaps[1][i] = gap(words[2][i]);
+      for (int a = 0; a < n_active; ++a)
+        for (int i = a * pairs; i < (a + 1) * pairs; ++i) {
+          times[2 * i] = sum[a] += gaps[0][i];
+          times[2 * i + 1] = sum[a] += gaps[1][i];
+        }
+      for (int i = 2 * calls; i < 2 * padded; ++i) times[i] = 1;
+      for (int i = 0; i < 2 * padded; ++i) z[i] = arrival_time(times[i], inverse_l);
+      for (int i = 0; i < 2 * padded; ++i) z[i] = hazard_quantile(z[i]);
+      int still = 0;
+      for (int a = 0; a < n_active; ++a) {
+        S* v = values + active[a] * p.k;
+        int64_t* c = ids + active[a] * p.k;
+        bool more = true;
+        for (int i = 0; i < 2 * pairs; ++i) {
+          const S noise = epsilon * (S)z[a * 2 * pairs + i];
+          if (!(cut + noise > v[p.k - 1])) {
+            more = false;
+            walked += i;
+            break;
+          }
+          const uint32_t word = words[2 * (i & 1) + 1][a * pairs + i / 2];
+          const int64_t j = (int64_t)(((uint64_t)word * (uint64_t)p.n_classes) >> 32);
+          const S s = widen(scores[j]);
+          if (!(s <= cut) || !outranks(s + noise, p.first_class + j, v[p.k - 1], c[p.k - 1])) continue;
+          bool known = false;
+          for (int64_t i2 = 0; i2 < p.k; ++i2) known |= c[i2] == p.first_class + j;
+          if (!known) insert(v, c, s + noise, p.first_class + j);
+        }
+        if (more) {
+          walked += 2 * pairs;
+          active[still] = active[a], sum[still++] = sum[a];
+        }
+      }
+      n_active = still;
+      done += (uint32_t)pairs;
+    }
+    arrivals = (int)((walked + (to - from) - 1) / (to - from)) + 2;
+  }
+
+  void search() {
+    choose_cut();
+    collect();
+    if (!nan && cut > -inf && contenders < p.k && fewer_finite_than(plan(p.n_classes, p.k).contenders)) {
+      cut = -inf;
+      collect();
+    }
+    if (nan || cut == -inf) return;
+    for (int64_t b = 0; b < b1 - b0; b += kGroup) walk(b, b + kGroup < b1 - b0 ? b + kGroup : b1 - b0);
+  }
+};
+
+template <class T>
+void search_items(const Search& p, int64_t begin, int64_t end, void* workspace) {
+  using S = typename Arithmetic<T>::type;
+  int64_t* ids = (int64_t*)workspace;
+  S* values = (S*)(ids + p.samples_per_split * p.k);
+  const int64_t keep = p.keep_all ? p.k : 1;
+  Row<T> row{p, nullptr, values, ids};
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / p.n_split;
+    if (p.target && p.target[n] == p.ignore_index) continue;
+    row.scores = (const T*)p.scores + n * p.row_stride;
+    row.row = (uint32_t)(p.first_row + n);
+    row.b0 = item % p.n_split * p.samples_per_split;
+    row.b1 = row.b0 + p.samples_per_split < p.n_sample ? row.b0 + p.samples_per_split : p.n_sample;
+    row.search();
+    for (int64_t b = row.b0; b < row.b1; ++b) {
+      S* v = (S*)p.values + (n * p.n_sample + b) * keep;
+      int64_t* c = p.classes + (n * p.n_sample + b) * keep;
+      for (int64_t i = 0; i < keep; ++i) {
+        const int64_t from = (b - row.b0) * p.k + (p.keep_all ? i : p.k - 1);
+        v[i] = row.nan ? (S)__builtin_nan("") : values[from];
+        c[i] = row.nan ? -1 : ids[from];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void search(const Search& p, int64_t begin, int64_t end, void* workspace) {
+  switch (p.dtype) {
+    case Dtype::kFloat: return search_items<float>(p, begin, end, workspace);
+    case Dtype::kDouble: return search_items<double>(p, begin, end, workspace);
+    case Dtype::kBFloat16: return search_items<BFloat16>(p, begin, end, workspace);
+    case Dtype::kHalf: return search_items<Half>(p, begin, end, workspace);
+  }
+}
+
+}  // namespace TOPK_FAST_ISA
+}  // namespace topk_fast

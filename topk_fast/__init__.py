@@ -1,0 +1,23 @@
+"""Noised top-K losses for classifiers with many classes, fast: same seed, same bits on every backend.
+
+>>> import torch
+>>> from topk_fast import BalNoisedTopK
+>>> loss = BalNoisedTopK(k=5, epsilon=1.0)(torch.randn(8, 1000), torch.randint(1000, (8,)))
+"""
+
+from . import functional
+from .nn import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NormedLinear
+from .ops import available_backends, build_info
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BalNoisedTopK",
+    "ImbalNoisedTopK",
+    "NoisedTopK",
+    "NormedLinear",
+    "__version__",
+    "available_backends",
+    "build_info",
+    "functional",
+]
