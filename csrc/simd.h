@@ -12,9 +12,79 @@ namespace TOPK_FAST_ISA {
 
 constexpr int kLanes = 16;  // blocks are padded to this many entries, on every instruction set
 
-#if defined(__AVX512F__)
+// g++'s vector types at the width of the instruction set: it does not vectorise float maxima by itself.
+#if defined(TOPK_FAST_AVX512)
+constexpr int kVectorBytes = 64;
+#elif defined(TOPK_FAST_AVX2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Lane numbers of shuffles, in tables: built lane by lane g++ makes each one anew, at some 60 instructions.
+template <class Int, int kCount>
+struct Shuffles {
+  Int even[kCount], odd[kCount], swap[6][kCount];  // swap[j]: lane i takes lane i ^ 2^j
+  constexpr Shuffles() : even{}, odd{}, swap{} {
+    for (int i = 0; i < kCount; ++i) {
+      even[i] = 2 * i, odd[i] = 2 * i + 1;
+      for (int j = 0; j < 6; ++j) swap[j][i] = i ^ (1 << j);
+    }
+  }
+};
+
+template <class S>
+struct Lane;
+template <>
+struct Lane<float> {
+  using type = int32_t;
+};
+template <>
+struct Lane<double> {
+  using type = int64_t;
+};
+
+template <class S>
+struct Vector {
+  using lane = typename Lane<S>::type;
+  static constexpr int n = kVectorBytes / sizeof(S);
+  typedef S type __attribute__((vector_size(kVectorBytes)));
+  typedef lane mask __attribute__((vector_size(kVectorBytes)));
+  static constexpr Shuffles<lane, n> shuffles{};
+
+  static type load(const S* x) {
+    type v;
+    memcpy(&v, x, sizeof v);
+    return v;
+  }
+  static mask lanes(const lane* x) {
+    mask v;
+    memcpy(&v, x, sizeof v);
+    return v;
+  }
+  static type all(S x) { return x - type{}; }
+  static type larger(type a, type b) { return a > b ? a : b; }
+  static type smaller(type a, type b) { return a < b ? a : b; }
+  // Maxima of the n pairs of neighbours in a, then b.
+  static type pair_maxima(type a, type b) {
+    return larger(__builtin_shuffle(a, b, lanes(shuffles.even)), __builtin_shuffle(a, b, lanes(shuffles.odd)));
+  }
+  static S largest(type a) {
+#pragma GCC unroll 6
+    for (int j = 0; 1 << j < n; ++j) a = larger(a, __builtin_shuffle(a, lanes(shuffles.swap[j])));
+    return a[0];
+  }
+  // Of a sum of comparisons, each -1 where it holds.
+  static int count(mask m) {
+#pragma GCC unroll 6
+    for (int j = 0; 1 << j < n; ++j) m += __builtin_shuffle(m, lanes(shuffles.swap[j]));
+    return -(int)m[0];
+  }
+};
+
+#if defined(TOPK_FAST_AVX512)
 #define TOPK_FAST_COMPARE(x, bound, how) _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_##how##_UQ)
-#elif defined(__AVX2__)
+#elif defined(TOPK_FAST_AVX2)
 #define TOPK_FAST_HALF(x, bound, how) \
   (uint32_t) _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_set1_ps(bound), _CMP_##how##_UQ))
 #define TOPK_FAST_COMPARE(x, bound, how) (TOPK_FAST_HALF(x, bound, how) | TOPK_FAST_HALF(x + 8, bound, how) << 8)
@@ -37,19 +107,17 @@ static inline uint32_t hits_at_least(const S* x, S bound) {
 }
 
 #if defined(TOPK_FAST_COMPARE)
-template <>
-inline uint32_t hits_above(const float* x, float bound) {
+static inline uint32_t hits_above(const float* x, float bound) {
   return TOPK_FAST_COMPARE(x, bound, NLE);
 }
-template <>
-inline uint32_t hits_at_least(const float* x, float bound) {
+static inline uint32_t hits_at_least(const float* x, float bound) {
   return TOPK_FAST_COMPARE(x, bound, NLT);
 }
 #endif
 
 // 64-bit lanes of which only the low halves count: a round of Philox is then two multiplications, two shifts
 // and two xors. Left to itself g++ 12 packs and unpacks between rounds and takes twice as long.
-#if defined(__AVX512F__)
+#if defined(TOPK_FAST_AVX512)
 struct Lanes {
   static constexpr int n = 8;
   __m512i x;
@@ -60,7 +128,7 @@ struct Lanes {
   Lanes high() const { return {_mm512_srli_epi64(x, 32)}; }
   Lanes operator^(Lanes o) const { return {_mm512_xor_si512(x, o.x)}; }
 };
-#elif defined(__AVX2__)
+#elif defined(TOPK_FAST_AVX2)
 struct Lanes {
   static constexpr int n = 4;
   __m256i x;
@@ -90,20 +158,31 @@ struct Lanes {
 // noise.h's philox over n calls, n a multiple of kLanes: counters (c0[i], c1, c2[i] or c2_all, c3).
 static inline void philox_block(const uint32_t* c0, uint32_t c1, const uint32_t* c2, uint32_t c2_all, uint32_t c3,
                                 uint64_t seed, int n, uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
+  constexpr int kChains = 2;  // one waits on its multiplications: 8 + 1 + 1 cycles a round
   const Lanes m0 = Lanes::all(0xD2511F53u), m1 = Lanes::all(0xCD9E8D57u);
-  for (int i = 0; i < n; i += Lanes::n) {
-    Lanes x0 = Lanes::load(c0 + i), x1 = Lanes::all(c1), x3 = Lanes::all(c3);
-    Lanes x2 = c2 ? Lanes::load(c2 + i) : Lanes::all(c2_all);
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const Lanes a = x0.times(m0), b = x2.times(m1);
-      x0 = b.high() ^ x1 ^ Lanes::all(k0);
-      x2 = a.high() ^ x3 ^ Lanes::all(k1);
-      x1 = b, x3 = a;
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  Lanes k0[10], k1[10];
+  for (uint32_t r = 0; r < 10; ++r) {
+    k0[r] = Lanes::all((uint32_t)seed + r * 0x9E3779B9u);
+    k1[r] = Lanes::all((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
+  }
+  for (int i = 0; i < n; i += kChains * Lanes::n) {
+    Lanes x0[kChains], x1[kChains], x2[kChains], x3[kChains];
+    for (int j = 0; j < kChains; ++j) {
+      x0[j] = Lanes::load(c0 + i + j * Lanes::n), x1[j] = Lanes::all(c1), x3[j] = Lanes::all(c3);
+      x2[j] = c2 ? Lanes::load(c2 + i + j * Lanes::n) : Lanes::all(c2_all);
     }
-    x0.store(w0 + i), x1.store(w1 + i), x2.store(w2 + i), x3.store(w3 + i);
+#pragma GCC unroll 10
+    for (int r = 0; r < 10; ++r)
+      for (int j = 0; j < kChains; ++j) {
+        const Lanes a = x0[j].times(m0), b = x2[j].times(m1);
+        x0[j] = b.high() ^ x1[j] ^ k0[r];
+        x2[j] = a.high() ^ x3[j] ^ k1[r];
+        x1[j] = b, x3[j] = a;
+      }
+    for (int j = 0; j < kChains; ++j) {
+      const int at = i + j * Lanes::n;
+      x0[j].store(w0 + at), x1[j].store(w1 + at), x2[j].store(w2 + at), x3[j].store(w3 + at);
+    }
   }
 }
 

@@ -71,20 +71,24 @@ static inline double key_middle(double lo, double hi) {
 // Bisection by counting: a count is n / 16 vector steps without a branch, some ten of them do.
 template <class S>
 static S rank_select(const S* x, int n, int rank) {
+  using V = Vector<S>;
   const S inf = (S)__builtin_inf();
-  S lo = inf, hi = -inf;
-  for (int i = 0; i < n; ++i) hi = x[i] > hi ? x[i] : hi;
-  for (int i = 0; i < n; ++i) lo = (x[i] < lo && x[i] > -inf) ? x[i] : lo;
   const auto count = [&](S bound) {
-    int c = 0;
-    for (int i = 0; i < n; ++i) c += x[i] >= bound;
-    return c;
+    typename V::mask c = {};
+    for (int i = 0; i < n; i += V::n) c += V::load(x + i) >= bound;
+    return V::count(c);
   };
   const auto least_from = [&](S bound) {
-    S least = inf;
-    for (int i = 0; i < n; ++i) least = (x[i] >= bound && x[i] < least) ? x[i] : least;
-    return least;
+    typename V::type least = V::all(inf);
+    for (int i = 0; i < n; i += V::n) {
+      const typename V::type v = V::load(x + i);
+      least = V::smaller(v >= bound ? v : V::all(inf), least);
+    }
+    return -V::largest(-least);
   };
+  typename V::type top = V::all(-inf);
+  for (int i = 0; i < n; i += V::n) top = V::larger(V::load(x + i), top);
+  S hi = V::largest(top), lo = least_from(sizeof(S) == 4 ? (S)-3.40282347e+38 : (S)-1.7976931348623157e+308);
   if (count(hi) >= rank) return hi;
   if (lo == inf || count(lo) < rank) return -inf;
   if (hi == inf) hi = sizeof(S) == 4 ? (S)3.40282347e+38 : (S)1.7976931348623157e+308;
@@ -105,32 +109,62 @@ static S rank_select(const S* x, int n, int rank) {
       lo = mid;
       if (step >= 10) {  // many equal values: step from one of them to the next
         lo = least_from(mid);
-        int above = 0;
-        for (int i = 0; i < n; ++i) above += x[i] > lo;
-        if (above < rank) return lo;
+        typename V::mask above = {};
+        for (int i = 0; i < n; i += V::n) above += V::load(x + i) > lo;
+        if (V::count(above) < rank) return lo;
       }
     }
     ++step;
   }
 }
 
-// out[i] = maximum of the i-th group looked at, NaN left out (the second pass finds every NaN).
+static inline Vector<float>::type load(const float* x) { return Vector<float>::load(x); }
+static inline Vector<double>::type load(const double* x) { return Vector<double>::load(x); }
+template <class T>
+static inline Vector<float>::type load(const T* x) {
+  using V = Vector<float>;
+  float wide[V::n];
+  for (int i = 0; i < V::n; ++i) wide[i] = widen(x[i]);
+  return V::load(wide);
+}
+
+// Maxima of consecutive groups of G, as many as a vector holds.
+template <int G, class T>
+static inline typename Vector<typename Arithmetic<T>::type>::type group_vector(const T* x) {
+  using V = Vector<typename Arithmetic<T>::type>;
+  if constexpr (G == 1)
+    return load(x);
+  else
+    return V::pair_maxima(group_vector<G / 2>(x), group_vector<G / 2>(x + V::n * (G / 2)));
+}
+
+template <class T, class S>
+static S maximum(const T* x, int64_t n) {
+  using V = Vector<S>;
+  S m = -(S)__builtin_inf();
+  int64_t i = 0;
+  if (n >= V::n) {
+    typename V::type v = load(x);
+    for (i = V::n; i + V::n <= n; i += V::n) v = V::larger(v, load(x + i));
+    m = V::largest(v);
+  }
+  for (; i < n; ++i) m = widen(x[i]) > m ? widen(x[i]) : m;
+  return m;
+}
+
+// out[i] = maximum of the i-th group looked at. A NaN may spoil one: its row ends as NaN whatever the cut.
 template <int G, class T, class S>
 static void group_maxima(const T* row, int64_t n_classes, int64_t stride, S* out, int n) {
-  const int full = (int)((n_classes / G + stride - 1) / stride);  // groups looked at that are whole
-  const auto maximum = [](const T* x, int count) {
-    S m = -(S)__builtin_inf();
-    for (int j = 0; j < count; ++j) m = widen(x[j]) > m ? widen(x[j]) : m;
-    return m;
-  };
-  if (stride == 1) {
-    for (int i = 0; i < full; ++i) out[i] = maximum(row + (int64_t)i * G, G);
-  } else {
-    for (int i = 0; i < full; ++i) out[i] = maximum(row + i * stride * G, G);
-  }
-  for (int i = full; i < n; ++i) {
+  using V = Vector<S>;
+  int i = 0;
+  if (stride == 1)
+    for (; (int64_t)(i + V::n) * G <= n_classes; i += V::n) {
+      const typename V::type v = group_vector<G>(row + (int64_t)i * G);
+      memcpy(out + i, &v, sizeof v);
+    }
+  for (; i < n; ++i) {
     const int64_t start = i * stride * G;
-    out[i] = maximum(row + start, (int)(n_classes - start));
+    out[i] = maximum<T, S>(row + start, n_classes - start < G ? n_classes - start : G);
   }
 }
 
@@ -138,6 +172,7 @@ static void group_maxima(const T* row, int64_t n_classes, int64_t stride, S* out
 template <class T>
 struct Row {
   using S = typename Arithmetic<T>::type;
+  using V = Vector<S>;
   const Search& p;
   const T* scores;
   S* values;     // [b1 - b0, k]
@@ -170,16 +205,20 @@ struct Row {
     width = width < n ? width : n;
     if (p.k > width) return -inf;
     for (int i = 0; i < width; ++i) m[i] = x[i];
-    for (int i = width; i < n; i += kLanes) {
-      S* part = m + (i % width);
-      for (int j = 0; j < kLanes; ++j) part[j] = x[i + j] > part[j] ? x[i + j] : part[j];
+    for (int i = width; i < n; i += V::n) {
+      S* part = m + i % width;
+      const typename V::type v = V::larger(V::load(part), V::load(x + i));
+      memcpy(part, &v, sizeof v);
     }
     if (width > kLaneMaxima) return rank_select(m, width, (int)p.k);
-    alignas(64) int at_least[kLaneMaxima] = {};
-    for (int j = 0; j < width; ++j)
-      for (int i = 0; i < width; ++i) at_least[i] += m[j] >= m[i];
-    S bound = -inf;
-    for (int i = 0; i < width; ++i) bound = (at_least[i] >= p.k && m[i] > bound) ? m[i] : bound;
+    S bound = -inf;  // the largest of them that k of them reach: counted over all pairs
+    for (int i = 0; i < width; i += V::n) {
+      const typename V::type v = V::load(m + i);
+      typename V::mask reach = {};
+      for (int j = 0; j < width; ++j) reach -= m[j] >= v;
+      const S here = V::largest(reach >= (typename V::lane)p.k ? v : V::all(-inf));
+      bound = here > bound ? here : bound;
+    }
     return bound;
   }
 
