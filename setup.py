@@ -38,7 +38,9 @@ def native():
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
         # One rounding an operation on every machine (csrc/noise.h): no contraction, no -march=native.
         extra_compile_args=["-O3", "-std=c++17", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno",
-                            "-fno-trapping-math", "-fvisibility=hidden"],
+                            "-fno-trapping-math", "-fvisibility=hidden",
+                            # g++ 12 sees both in headers that are not ours (its own intrinsics, torch)
+                            "-Wno-maybe-uninitialized", "-Wno-unused-parameter"],
     )  # fmt: skip
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

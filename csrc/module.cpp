@@ -25,8 +25,8 @@ const std::vector<Isa>& available() {
     std::vector<Isa> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl"))
       found.push_back({"avx512", avx512::search});
     if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::search});
 #endif
@@ -66,7 +66,8 @@ PYBIND11_MODULE(_C, m) {
     const Words w = philox(c0, c1, c2, c3, k0, k1);
     return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
   });
-  m.def("normal", [](const Array<uint32_t>& w) { return map<uint32_t, float>(w, [](uint32_t x) { return normal(x); }); });
+  m.def("normal",
+        [](const Array<uint32_t>& w) { return map<uint32_t, float>(w, [](uint32_t x) { return normal(x); }); });
   m.def("gap", [](const Array<uint32_t>& w) { return map<uint32_t, int32_t>(w, [](uint32_t x) { return gap(x); }); });
   m.def("ln", [](const Array<float>& x) { return map<float, float>(x, [](float v) { return ln(v); }); });
   m.def("upper_quantile",

@@ -24,11 +24,11 @@ struct Words {
 };
 
 struct Plan {
-  bool all;             // every class is a contender
-  int64_t contenders;   // about how many there are to be
-  int32_t group;        // classes a group
-  int32_t stride;       // every stride-th group is looked at
-  int32_t rank;         // the cut is the rank-th largest maximum of those groups
+  bool all;            // every class is a contender
+  int64_t contenders;  // about how many there are to be
+  int32_t group;       // classes a group
+  int32_t stride;      // every stride-th group is looked at
+  int32_t rank;        // the cut is the rank-th largest maximum of those groups
 };
 
 TOPK_FAST_FN uint32_t float_bits(float x) {

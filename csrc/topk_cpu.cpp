@@ -211,8 +211,8 @@ void gradient_rows(const Tensor& grad_, const S* result, const int64_t* classes,
   });
 }
 
-Tensor gradient(const Tensor& grad, const Tensor& result_, const Tensor& classes_,
-                const std::optional<Tensor>& target_, double scale, int64_t n_classes, ScalarType dtype) {
+Tensor gradient(const Tensor& grad, const Tensor& result_, const Tensor& classes_, const std::optional<Tensor>& target_,
+                double scale, int64_t n_classes, ScalarType dtype) {
   const Tensor result = packed(result_), classes = packed(classes_);
   const int64_t n_rows = classes.size(0), n_sample = classes.size(1);
   const ScalarType type = arithmetic(dtype);
@@ -228,7 +228,8 @@ Tensor gradient(const Tensor& grad, const Tensor& result_, const Tensor& classes
                     "target must be int64 [N]");
   }
   const int64_t* y = target ? (const int64_t*)target->const_data_ptr() : nullptr;
-  for (int64_t i = 0; i < n_rows * n_sample; ++i) STD_TORCH_CHECK(c[i] >= -1 && c[i] < n_classes, "classes out of bounds");
+  for (int64_t i = 0; i < n_rows * n_sample; ++i)
+    STD_TORCH_CHECK(c[i] >= -1 && c[i] < n_classes, "classes out of bounds");
   Tensor out = empty({n_rows, n_classes}, dtype);
   const auto fill = [&](auto* o, auto s) {
     using S = decltype(s);

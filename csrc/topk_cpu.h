@@ -25,8 +25,11 @@ struct Search {
   int64_t n_split, samples_per_split;
 };
 
-// 64-bit words that a thread needs for the k best of one item.
-inline int64_t workspace_words(const Search& p) { return 2 * p.samples_per_split * p.k; }
+// Entries of a list of the k best, with the padding that lets kernels read and write whole vectors.
+inline int list_width(const Search& p) { return (int)((p.k + 15) / 16 * 16); }
+
+// 64-bit words that a thread needs for the lists of one item.
+inline int64_t workspace_words(const Search& p) { return 2 * p.samples_per_split * list_width(p) + 8; }
 
 using SearchFn = void (*)(const Search& p, int64_t begin, int64_t end, void* workspace);
 

@@ -16,11 +16,11 @@ namespace TOPK_FAST_ISA {
 
 namespace {
 
-constexpr int kTile = 512;       // contenders drawn at a time
-constexpr int kArrivals = 512;   // arrivals drawn at a time, over all samples
-constexpr int kMaxima = 1024;    // `plan` looks at fewer groups than this
-constexpr int kLaneMaxima = 64;  // up to here the bound's rank is found by counting pairs
-constexpr int kGroup = 16;       // samples whose arrivals are walked side by side
+constexpr int kTile = 512;      // contenders drawn at a time
+constexpr int kArrivals = 512;  // arrivals drawn at a time, over all samples
+constexpr int kMaxima = 1024;   // `plan` looks at fewer groups than this
+constexpr int kPairs = 64;      // up to so many values are ranked by comparing all pairs
+constexpr int kGroup = 16;      // samples whose arrivals are walked side by side
 
 template <class T>
 struct Arithmetic {
@@ -68,9 +68,10 @@ static inline double key_middle(double lo, double hi) {
 }
 
 // The rank-th largest of x[0..n), n a multiple of kLanes padded with -inf; no NaN, 1 <= rank <= n.
-// Bisection by counting: a count is n / 16 vector steps without a branch, some ten of them do.
+// Counts how many reach a bound and closes in on it; a count is n / 16 vector steps without a branch. Bounds are
+// `guess` first, then interpolated, every third one halfway: some six counts where bisection alone takes eleven.
 template <class S>
-static S rank_select(const S* x, int n, int rank) {
+static S rank_select(const S* x, int n, int rank, S guess) {
   using V = Vector<S>;
   const S inf = (S)__builtin_inf();
   const auto count = [&](S bound) {
@@ -89,32 +90,35 @@ static S rank_select(const S* x, int n, int rank) {
   typename V::type top = V::all(-inf);
   for (int i = 0; i < n; i += V::n) top = V::larger(V::load(x + i), top);
   S hi = V::largest(top), lo = least_from(sizeof(S) == 4 ? (S)-3.40282347e+38 : (S)-1.7976931348623157e+308);
-  if (count(hi) >= rank) return hi;
-  if (lo == inf || count(lo) < rank) return -inf;
-  if (hi == inf) hi = sizeof(S) == 4 ? (S)3.40282347e+38 : (S)1.7976931348623157e+308;
-  if (count(hi) >= rank) return hi;
-  int step = 0;  // from here on count(lo) >= rank > count(hi)
-  for (;;) {
-    const S mid = step < 16 ? lo * (S)0.5 + hi * (S)0.5 : key_middle(lo, hi);
-    if (!(mid > lo && mid < hi)) {
-      if (step >= 16) return lo;
-      step = 16;
+  int reach_lo = count(lo), reach_hi = count(hi);
+  if (reach_hi >= rank) return hi;
+  if (lo == inf || reach_lo < rank) return -inf;
+  if (hi == inf) {
+    hi = sizeof(S) == 4 ? (S)3.40282347e+38 : (S)1.7976931348623157e+308;
+    reach_hi = count(hi);
+    if (reach_hi >= rank) return hi;
+  }
+  // From here on reach_lo >= rank > reach_hi. Halves of floats shrink a range of many magnitudes slowly: after 16
+  // bounds those of the floats' ordered bits take over, at most 64 of them.
+  for (int step = 0;; ++step) {
+    S bound = guess;
+    if (step > 0) bound = lo + (hi - lo) * (((S)(reach_lo - rank) + (S)0.5) / (S)(reach_lo - reach_hi));
+    if (step % 3 == 2 || !(bound > lo && bound < hi)) bound = lo * (S)0.5 + hi * (S)0.5;
+    if (step >= 16 || !(bound > lo && bound < hi)) bound = key_middle(lo, hi);
+    if (!(bound > lo && bound < hi)) return lo;
+    const int reach = count(bound);
+    if (reach == rank) return least_from(bound);
+    if (reach < rank) {
+      hi = bound, reach_hi = reach;
       continue;
     }
-    const int c = count(mid);
-    if (c == rank) return least_from(mid);
-    if (c < rank) {
-      hi = mid;
-    } else {
-      lo = mid;
-      if (step >= 10) {  // many equal values: step from one of them to the next
-        lo = least_from(mid);
-        typename V::mask above = {};
-        for (int i = 0; i < n; i += V::n) above += V::load(x + i) > lo;
-        if (V::count(above) < rank) return lo;
-      }
+    lo = bound, reach_lo = reach;
+    if (step >= 8) {  // many equal values: step from one of them to the next
+      lo = least_from(bound);
+      typename V::mask above = {};
+      for (int i = 0; i < n; i += V::n) above += V::load(x + i) > lo;
+      if (V::count(above) < rank) return lo;
     }
-    ++step;
   }
 }
 
@@ -175,28 +179,20 @@ struct Row {
   using V = Vector<S>;
   const Search& p;
   const T* scores;
-  S* values;     // [b1 - b0, k]
-  int64_t* ids;  // [b1 - b0, k]
+  const int width;  // of a list: k and padding
+  S* values;        // [b1 - b0, width]
+  int32_t* ids;     // [b1 - b0, width]
   uint32_t row = 0;
   int64_t b0 = 0, b1 = 0;
-  int arrivals = 16;  // a guess, from the row before, of how many a sample needs: moves cost, never results
-  S cut = 0;
+  int arrivals = 16;        // a guess, from the row before, of how many a sample needs: moves cost, never results
+  S cut = 0, last_cut = 0;  // of the row before: where the search for this row's begins
   int64_t contenders = 0;
   bool nan = false;
   int tile = 0;
-  alignas(64) uint32_t tile_ids[kTile + 64] = {};  // the contenders that wait for their draws
-  alignas(64) S tile_scores[kTile + 64] = {};
+  alignas(64) int32_t tile_ids[kTile + 80] = {};  // the contenders that wait for their draws
+  alignas(64) S tile_scores[kTile + 80] = {};
 
   static constexpr S inf = (S)__builtin_inf();
-
-  static bool outranks(S v, int64_t id, S w, int64_t other) { return v > w || (v == w && id < other); }
-
-  void insert(S* v, int64_t* c, S value, int64_t id) const {
-    int64_t j = p.k - 1;
-    if (!outranks(value, id, v[j], c[j])) return;
-    for (; j > 0 && outranks(value, id, v[j - 1], c[j - 1]); --j) v[j] = v[j - 1], c[j] = c[j - 1];
-    v[j] = value, c[j] = id;
-  }
 
   // A lower bound of the k-th largest of x[0..n): the k-th largest of maxima over disjoint parts.
   S lower_bound(const S* x, int n) const {
@@ -210,7 +206,7 @@ struct Row {
       const typename V::type v = V::larger(V::load(part), V::load(x + i));
       memcpy(part, &v, sizeof v);
     }
-    if (width > kLaneMaxima) return rank_select(m, width, (int)p.k);
+    if (width > kPairs) return rank_select(m, width, (int)p.k, cut);
     S bound = -inf;  // the largest of them that k of them reach: counted over all pairs
     for (int i = 0; i < width; i += V::n) {
       const typename V::type v = V::load(m + i);
@@ -222,44 +218,66 @@ struct Row {
     return bound;
   }
 
+  // The noised scores x[0..n) of the tile into a sample's list.
+  void enter(S* v, int32_t* c, const S* x, int n) {
+    const S kth = v[p.k - 1];
+    const S bound = kth > -inf ? kth : lower_bound(x, n);
+    alignas(64) S best[kTile + 80];
+    alignas(64) int32_t best_ids[kTile + 80];
+    int m = 0;
+    for (int i = 0; i < n; i += kLanes)
+      m += append(x + i, tile_ids + i, hits_at_least(x + i, bound), best + m, best_ids + m);
+    if (contenders || m > kPairs) {
+      for (int i = 0; i < m; ++i) insert(v, c, (int)p.k, best[i], best_ids[i], true);
+      return;
+    }
+    // The list is empty: each goes where its rank says. Ids ascend, so the earlier of two equal ones comes first.
+    alignas(64) typename V::lane number[kPairs], rank[kPairs];
+    alignas(64) S sorted[kPairs];
+    alignas(64) int32_t sorted_ids[kPairs];
+    for (int i = 0; i < kPairs; ++i) number[i] = i;
+    for (int i = 0; i < m; i += V::n) {
+      const typename V::type mine = V::load(best + i);
+      const typename V::mask place = V::lanes(number + i);
+      typename V::mask before = {};
+      for (int j = 0; j < m; ++j) before -= (best[j] > mine) | ((best[j] == mine) & (place > j));
+      memcpy(rank + i, &before, sizeof before);
+    }
+    for (int i = 0; i < m; ++i) sorted[rank[i]] = best[i], sorted_ids[rank[i]] = best_ids[i];
+    const int kept = m < p.k ? m : (int)p.k;
+    for (int i = 0; i < kept; ++i) v[i] = sorted[i], c[i] = sorted[i] > -inf ? sorted_ids[i] : -1;
+  }
+
   // Draws for the waiting contenders, all samples, and the best of them into the lists.
   void flush() {
-    if (!tile) return;
     const int n = round_up(tile, kLanes);
-    for (int i = tile; i < n; ++i) tile_ids[i] = tile_ids[0], tile_scores[i] = -inf;
+    for (int i = tile; i < n; ++i) tile_ids[i] = 0, tile_scores[i] = -inf;
+    typename V::mask bad = {};
+    for (int i = 0; i < n; i += V::n) bad += V::load(tile_scores + i) != V::load(tile_scores + i);
+    nan |= V::count(bad) > 0;
     alignas(64) uint32_t words[4][kTile + 64];
     alignas(64) S x[kTile + 64];
     for (int64_t quad = b0 / 4; quad * 4 < b1; ++quad) {
-      philox_block(tile_ids, row, nullptr, (uint32_t)quad, 0, p.seed, n, words[0], words[1], words[2], words[3]);
+      philox_block((const uint32_t*)tile_ids, row, nullptr, (uint32_t)quad, 0, p.seed, n, words[0], words[1], words[2],
+                   words[3]);
       const int64_t last = b1 - quad * 4 < 4 ? b1 - quad * 4 : 4;
       for (int64_t w = 0; w < last; ++w) {
         const S epsilon = (S)p.epsilon;
         const uint32_t* word = words[w];
         for (int i = 0; i < n; ++i) x[i] = tile_scores[i] + epsilon * (S)normal(word[i]);
         const int64_t b = quad * 4 + w - b0;
-        S* v = values + b * p.k;
-        int64_t* c = ids + b * p.k;
-        const S kth = v[p.k - 1];
-        const S bound = kth > -inf ? kth : lower_bound(x, n);
-        for (int i = 0; i < n; i += kLanes) {
-          uint32_t hits = hits_at_least(x + i, bound);
-          for (; hits; hits &= hits - 1) {
-            const int j = i + __builtin_ctz(hits);
-            insert(v, c, x[j], tile_ids[j]);
-          }
-        }
+        enter(values + b * width, ids + b * width, x, n);
       }
     }
     contenders += tile;
     tile = 0;
   }
 
-  // Every class above the cut into the tile; any NaN ends the row.
+  // Every class above the cut into the tile; a NaN counts as above it and ends the row.
   void collect() {
     contenders = tile = 0;
     nan = false;
-    for (int64_t i = 0; i < (b1 - b0) * p.k; ++i) values[i] = -inf, ids[i] = -1;
-    const uint32_t first = (uint32_t)p.first_class;
+    for (int64_t i = 0; i < (b1 - b0) * width; ++i) values[i] = -inf, ids[i] = -1;
     alignas(64) S wide[64];
     for (int64_t start = 0; start < p.n_classes; start += 64) {
       const S* x;
@@ -271,21 +289,15 @@ struct Row {
         for (int64_t i = count; i < 64; ++i) wide[i] = -inf;
         x = wide;
       }
-      uint64_t hits = (uint64_t)hits_above(x, cut) | (uint64_t)hits_above(x + 16, cut) << 16 |
-                      (uint64_t)hits_above(x + 32, cut) << 32 | (uint64_t)hits_above(x + 48, cut) << 48;
-      if (!hits) continue;
-      bool bad = false;
-      for (; hits; hits &= hits - 1) {
-        const int i = __builtin_ctzll(hits);
-        tile_ids[tile] = first + (uint32_t)(start + i);
-        tile_scores[tile++] = x[i];
-        bad |= x[i] != x[i];
-      }
-      if (bad) {
-        nan = true;
-        return;
-      }
+      const uint32_t hits[4] = {hits_above(x, cut), hits_above(x + 16, cut), hits_above(x + 32, cut),
+                                hits_above(x + 48, cut)};
+      if (!(hits[0] | hits[1] | hits[2] | hits[3])) continue;
+      alignas(64) int32_t numbers[64];
+      for (int i = 0; i < 64; ++i) numbers[i] = (int32_t)(p.first_class + start) + i;
+      for (int i = 0; i < 64; i += 16)
+        tile += append(x + i, numbers + i, hits[i / 16], tile_scores + tile, tile_ids + tile);
       if (tile >= kTile) flush();
+      if (nan) return;
     }
     flush();
   }
@@ -306,7 +318,7 @@ struct Row {
       default: group_maxima<32>(scores, p.n_classes, plan_.stride, maxima, n);
     }
     for (int i = n; i < padded; ++i) maxima[i] = -inf;
-    cut = rank_select(maxima, padded, plan_.rank);
+    cut = last_cut = rank_select(maxima, padded, plan_.rank, last_cut);
     if (cut == inf) cut = -inf;
   }
 
@@ -316,6 +328,29 @@ struct Row {
     return finite < m;
   }
 
+  // Enters n arrivals of sample b, in order, while they can matter; returns how many it looked at. Reads kLanes on.
+  int follow(int64_t b, const S* clean, const S* shift, const int32_t* drawn, int n) const {
+    S* v = values + b * width;
+    int32_t* c = ids + b * width;
+    for (int start = 0; start < n; start += kLanes) {
+      alignas(64) S level[kLanes], value[kLanes];
+      for (int i = 0; i < kLanes; ++i) level[i] = cut + shift[start + i];
+      for (int i = 0; i < kLanes; ++i) value[i] = clean[start + i] + shift[start + i];
+      const int count = n - start < kLanes ? n - start : kLanes;
+      const uint32_t here = (1u << count) - 1;
+      uint32_t hits = hits_at_least(value, v[p.k - 1]) & ~hits_above(clean + start, cut) & here;
+      uint32_t end = ~hits_above(level, v[p.k - 1]) & here;  // its first bit is where the walk stops
+      for (; hits; hits &= hits - 1) {
+        const int i = __builtin_ctz(hits);
+        const uint32_t upto = (2u << i) - 1;
+        insert(v, c, (int)p.k, value[i], (int32_t)p.first_class + drawn[start + i], !(end & upto));
+        end = (end & upto) | (~hits_above(level, v[p.k - 1]) & here & ~upto);
+      }
+      if (end) return start + __builtin_ctz(end);
+    }
+    return n;
+  }
+
   // The background: arrivals in falling order until none can enter, side by side for up to kGroup samples.
   void walk(int64_t from, int64_t to) {
     int64_t active[kGroup], sum[kGroup];
@@ -323,10 +358,13 @@ struct Row {
     for (int64_t b = from; b < to; ++b) active[n_active] = b, sum[n_active++] = 0;
     const float inverse_l = 1.0f / (float)p.n_classes;
     const S epsilon = (S)p.epsilon;
+    const uint64_t n_classes = (uint64_t)p.n_classes;
     alignas(64) uint32_t c0[kArrivals / 2], c2[kArrivals / 2], words[4][kArrivals / 2];
     alignas(64) int32_t gaps[2][kArrivals / 2];
     alignas(64) int64_t times[kArrivals];
     alignas(64) float z[kArrivals];
+    alignas(64) int32_t drawn[kArrivals];  // classes, from 0 on
+    alignas(64) S clean[kArrivals + kLanes] = {}, shift[kArrivals + kLanes] = {};
     uint32_t done = 0;  // pairs of arrivals behind us
     int64_t walked = 0;
     for (int round = 0; n_active; ++round) {
@@ -341,8 +379,7 @@ struct Row {
           c2[a * pairs + i] = (uint32_t)(b0 + active[a]);
         }
       for (int i = calls; i < padded; ++i) c0[i] = c2[i] = 0;
-      philox_block(c0, row, c2, 0, 1 + (uint32_t)p.first_class, p.seed, padded, words[0], words[1], words[2],
-                   words[3]);
+      philox_block(c0, row, c2, 0, 1 + (uint32_t)p.first_class, p.seed, padded, words[0], words[1], words[2], words[3]);
       for (int i = 0; i < padded; ++i) gaps[0][i] = gap(words[0][i]);
       for (int i = 0; i < padded; ++i) gaps[1][i] = gap(words[2][i]);
       for (int a = 0; a < n_active; ++a)
@@ -353,30 +390,16 @@ struct Row {
       for (int i = 2 * calls; i < 2 * padded; ++i) times[i] = 1;
       for (int i = 0; i < 2 * padded; ++i) z[i] = arrival_time(times[i], inverse_l);
       for (int i = 0; i < 2 * padded; ++i) z[i] = hazard_quantile(z[i]);
+      for (int i = 0; i < 2 * padded; ++i) shift[i] = epsilon * (S)z[i];
+      for (int i = 0; i < padded; ++i) drawn[2 * i] = (int32_t)(((uint64_t)words[1][i] * n_classes) >> 32);
+      for (int i = 0; i < padded; ++i) drawn[2 * i + 1] = (int32_t)(((uint64_t)words[3][i] * n_classes) >> 32);
+      for (int i = 0; i < 2 * calls; ++i) clean[i] = widen(scores[drawn[i]]);
       int still = 0;
       for (int a = 0; a < n_active; ++a) {
-        S* v = values + active[a] * p.k;
-        int64_t* c = ids + active[a] * p.k;
-        bool more = true;
-        for (int i = 0; i < 2 * pairs; ++i) {
-          const S noise = epsilon * (S)z[a * 2 * pairs + i];
-          if (!(cut + noise > v[p.k - 1])) {
-            more = false;
-            walked += i;
-            break;
-          }
-          const uint32_t word = words[2 * (i & 1) + 1][a * pairs + i / 2];
-          const int64_t j = (int64_t)(((uint64_t)word * (uint64_t)p.n_classes) >> 32);
-          const S s = widen(scores[j]);
-          if (!(s <= cut) || !outranks(s + noise, p.first_class + j, v[p.k - 1], c[p.k - 1])) continue;
-          bool known = false;
-          for (int64_t i2 = 0; i2 < p.k; ++i2) known |= c[i2] == p.first_class + j;
-          if (!known) insert(v, c, s + noise, p.first_class + j);
-        }
-        if (more) {
-          walked += 2 * pairs;
-          active[still] = active[a], sum[still++] = sum[a];
-        }
+        const int from = 2 * a * pairs,
+                  stopped = follow(active[a], clean + from, shift + from, drawn + from, 2 * pairs);
+        walked += stopped;
+        if (stopped == 2 * pairs) active[still] = active[a], sum[still++] = sum[a];
       }
       n_active = still;
       done += (uint32_t)pairs;
@@ -399,10 +422,11 @@ struct Row {
 template <class T>
 void search_items(const Search& p, int64_t begin, int64_t end, void* workspace) {
   using S = typename Arithmetic<T>::type;
-  int64_t* ids = (int64_t*)workspace;
-  S* values = (S*)(ids + p.samples_per_split * p.k);
+  const int width = list_width(p);
+  S* values = (S*)(((uintptr_t)workspace + 63) / 64 * 64);
+  int32_t* ids = (int32_t*)(values + p.samples_per_split * width);
   const int64_t keep = p.keep_all ? p.k : 1;
-  Row<T> row{p, nullptr, values, ids};
+  Row<T> row{p, nullptr, width, values, ids};
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / p.n_split;
     if (p.target && p.target[n] == p.ignore_index) continue;
@@ -415,7 +439,7 @@ void search_items(const Search& p, int64_t begin, int64_t end, void* workspace) 
       S* v = (S*)p.values + (n * p.n_sample + b) * keep;
       int64_t* c = p.classes + (n * p.n_sample + b) * keep;
       for (int64_t i = 0; i < keep; ++i) {
-        const int64_t from = (b - row.b0) * p.k + (p.keep_all ? i : p.k - 1);
+        const int64_t from = (b - row.b0) * width + (p.keep_all ? i : p.k - 1);
         v[i] = row.nan ? (S)__builtin_nan("") : values[from];
         c[i] = row.nan ? -1 : ids[from];
       }

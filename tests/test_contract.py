@@ -30,12 +30,25 @@ def call(form, name, x):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name, source", [("normal", "word"), ("gap", "word"), ("ln", "x_bits"), ("upper_quantile", "p_bits"), ("hazard_quantile", "e_bits")])
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("normal", "word"),
+        ("gap", "word"),
+        ("ln", "x_bits"),
+        ("upper_quantile", "p_bits"),
+        ("hazard_quantile", "e_bits"),
+    ],
+)
 def test_function(form, name, source):
     known = KNOWN[name]
     words = np.array(known[source], np.uint32)
     x = words if source == "word" else words.view(np.float32)
-    expected = np.array(known["out_bits"], np.uint32) if "out_bits" in known else np.array(known["out"], np.int32).view(np.uint32)
+    expected = (
+        np.array(known["out_bits"], np.uint32)
+        if "out_bits" in known
+        else np.array(known["out"], np.int32).view(np.uint32)
+    )
     np.testing.assert_array_equal(call(form, name, x), expected)
 
 
@@ -60,9 +73,14 @@ def test_plan(form):
 
 
 @pytest.mark.skipif(not ops.HAS_CPP, reason="the C++ kernels are not built")
-@pytest.mark.parametrize("name, low, high", [("ln", 2.0**-126, 2.0**100), ("upper_quantile", 2.0**-126, 0.5), ("hazard_quantile", 1e-9, 300.0)])
+@pytest.mark.parametrize(
+    "name, low, high",
+    [("ln", 2.0**-126, 2.0**100), ("upper_quantile", 2.0**-126, 0.5), ("hazard_quantile", 1e-9, 300.0)],
+)
 def test_torch_equals_cpp_on_a_million_floats(name, low, high):
-    bits = np.random.default_rng(0).integers(*np.array([low, high], np.float32).view(np.uint32), size=1_000_000, dtype=np.uint32)
+    bits = np.random.default_rng(0).integers(
+        *np.array([low, high], np.float32).view(np.uint32), size=1_000_000, dtype=np.uint32
+    )
     np.testing.assert_array_equal(call("torch", name, bits.view(np.float32)), call("cpp", name, bits.view(np.float32)))
 
 
@@ -78,7 +96,9 @@ def test_accuracy_against_scipy():
     from scipy.stats import norm
 
     p = np.logspace(-13, np.log10(0.5), 20_001).astype(np.float32)
-    np.testing.assert_allclose(call("torch", "upper_quantile", p).view(np.float32), norm.isf(p.astype(np.float64)), rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(
+        call("torch", "upper_quantile", p).view(np.float32), norm.isf(p.astype(np.float64)), rtol=2e-6, atol=2e-6
+    )
     e = np.logspace(-8, 1, 20_001).astype(np.float32)
     expected = norm.ppf(np.exp(-e.astype(np.float64)))
     np.testing.assert_allclose(call("torch", "hazard_quantile", e).view(np.float32), expected, rtol=2e-5, atol=2e-6)

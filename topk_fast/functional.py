@@ -281,12 +281,12 @@ def noised_topk_candidates(
     first_row = _integer("first_row", first_row, 0, 2**32 - 1)
     first_class = _integer("first_class", first_class, 0, 2**31 - 1 - n_classes, "2**31 - 1 - L")
     seed = _seed(seed, generator, scores.device)
-    return ops.candidates(
-        scores, seed, k, epsilon, n_sample, first_row, first_class, _dense(sampler), backend=backend
-    )
+    return ops.candidates(scores, seed, k, epsilon, n_sample, first_row, first_class, _dense(sampler), backend=backend)
 
 
-def _loss(input, target, margins, scale, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend):
+def _loss(
+    input, target, margins, scale, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend
+):
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     _check_scores(input)

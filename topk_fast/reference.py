@@ -135,7 +135,7 @@ def _walk_background(best, scores, level, rows, seed, epsilon, first_class):
     are a process of rate L on uniform classes, walked until ``cut + epsilon * z`` cannot exceed the k-th best.
     """
     values, classes = (x.flatten(0, 1) for x in best)  # a lane is a (row, sample)
-    n_sample, k, n_classes = best[0].shape[1], best[0].shape[2], scores.shape[1]
+    n_sample, n_classes = best[0].shape[1], scores.shape[1]
     row = torch.arange(scores.shape[0], device=scores.device).repeat_interleave(n_sample)
     sample = torch.arange(n_sample, device=scores.device).repeat(scores.shape[0])
     lanes = (level[row] > -math.inf).nonzero().flatten()
