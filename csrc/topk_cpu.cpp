@@ -16,6 +16,7 @@
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 namespace topk_fast {
 namespace {
@@ -24,7 +25,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[3], step = 1;
+  int64_t strides[3] = {}, step = 1;
   for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= sizes.begin()[i];
   AtenTensorHandle handle;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
@@ -135,7 +136,8 @@ S score(const void* scores, Dtype dtype, int64_t i) {
 }
 
 template <class S>
-void hinge_rows(const Search& p, const S* values, const S* margins, S scale, S* losses) {
+void hinge_rows(const Search& p, const S* values, const S* margins, S scale, S* losses, S* n_valid) {
+  int64_t valid = 0;
   for (int64_t n = 0; n < p.n_rows; ++n) {
     const int64_t y = p.target[n];
     if (y == p.ignore_index) {
@@ -143,15 +145,18 @@ void hinge_rows(const Search& p, const S* values, const S* margins, S scale, S* 
       std::fill_n(p.classes + n * p.n_sample, p.n_sample, -1);
       continue;
     }
+    ++valid;
     const S top = mean(values + n * p.n_sample, p.n_sample), margin = margins ? margins[y] : (S)1;
     const S loss = scale * ((margin + top) - score<S>(p.scores, p.dtype, n * p.row_stride + y));
     losses[n] = loss <= 0 ? (S)0 : loss;
   }
+  *n_valid = (S)valid;
 }
 
-std::tuple<Tensor, Tensor> loss(const Tensor& scores_, const Tensor& target_, const std::optional<Tensor>& margins_,
-                                const Tensor& seed, int64_t k, double epsilon, int64_t n_sample, double scale,
-                                int64_t ignore_index, bool dense) {
+std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& scores_, const Tensor& target_,
+                                        const std::optional<Tensor>& margins_, const Tensor& seed, int64_t k,
+                                        double epsilon, int64_t n_sample, double scale, int64_t ignore_index,
+                                        bool dense) {
   const Scores scores(scores_);
   Search p = request(scores, seed, k, epsilon, n_sample, dense);
   const ScalarType type = arithmetic(scores_.scalar_type());
@@ -171,14 +176,14 @@ std::tuple<Tensor, Tensor> loss(const Tensor& scores_, const Tensor& target_, co
   Tensor values = empty({p.n_rows, n_sample}, type), losses = empty({p.n_rows}, type);
   Tensor classes = empty({p.n_rows, n_sample}, ScalarType::Long);
   run(p, values, classes);
-  const void* m = margins ? margins->const_data_ptr() : nullptr;
-  if (type == ScalarType::Double)
-    hinge_rows<double>(p, (const double*)values.const_data_ptr(), (const double*)m, scale,
-                       (double*)losses.mutable_data_ptr());
-  else
-    hinge_rows<float>(p, (const float*)values.const_data_ptr(), (const float*)m, (float)scale,
-                      (float*)losses.mutable_data_ptr());
-  return {losses, classes};
+  Tensor n_valid = empty({}, type);
+  const auto reduce = [&](auto* out) {
+    using S = std::remove_pointer_t<decltype(out)>;
+    hinge_rows(p, (const S*)values.const_data_ptr(), margins ? (const S*)margins->const_data_ptr() : nullptr, (S)scale,
+               out, (S*)n_valid.mutable_data_ptr());
+  };
+  type == ScalarType::Double ? reduce((double*)losses.mutable_data_ptr()) : reduce((float*)losses.mutable_data_ptr());
+  return {losses, classes, n_valid};
 }
 
 // Zero fill, then at most B + 1 entries a row: (grad * scale) * (count / B), counts exact, the true class B less.

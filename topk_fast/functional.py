@@ -306,7 +306,7 @@ def _loss(
     flat = input if input.dim() == 2 else _flatten(input.movedim(class_dim, -1))
     labels = target if target.dim() == 1 else target.reshape(-1)
     try:
-        losses = ops.loss(
+        losses, n_valid = ops.loss(
             flat, labels, margins, seed, k + 1, epsilon, n_sample, scale, ignore_index, dense, backend=backend
         )
     except RuntimeError:
@@ -315,7 +315,7 @@ def _loss(
     if reduction == "none":
         return losses.view(target.shape)
     total = losses.sum()
-    return total if reduction == "sum" else total / (labels != ignore_index).sum()
+    return total if reduction == "sum" else total / n_valid
 
 
 def _flatten(rows: Tensor) -> Tensor:

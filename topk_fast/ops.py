@@ -17,7 +17,7 @@ _SCHEMAS = {
     "bool dense) -> (Tensor, Tensor)",
     "smoothed": "(Tensor scores, Tensor seed, int k, float epsilon, int n_sample, bool dense) -> (Tensor, Tensor)",
     "loss": "(Tensor scores, Tensor target, Tensor? margins, Tensor seed, int k, float epsilon, int n_sample, "
-    "float scale, int ignore_index, bool dense) -> (Tensor, Tensor)",
+    "float scale, int ignore_index, bool dense) -> (Tensor, Tensor, Tensor)",
     "gradient": "(Tensor grad, Tensor result, Tensor classes, Tensor? target, float scale, SymInt n_classes, "
     "ScalarType dtype) -> Tensor",
 }
@@ -36,7 +36,8 @@ def _fake_smoothed(scores, seed, k, epsilon, n_sample, dense):
 
 
 def _fake_loss(scores, target, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense):
-    return _fake_smoothed(scores, seed, k, epsilon, n_sample, dense)
+    losses, classes = _fake_smoothed(scores, seed, k, epsilon, n_sample, dense)
+    return losses, classes, losses.new_empty(())
 
 
 def _fake_gradient(grad, result, classes, target, scale, n_classes, dtype):
@@ -177,11 +178,11 @@ class _Loss(Function):
     def setup_context(ctx, inputs, output):
         scores, target, ctx.scale, ctx.suffix = inputs[0], inputs[1], inputs[7], inputs[-1]
         ctx.shape, ctx.dtype = scores.shape, scores.dtype
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output, target)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[:2], target)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, _, __):
         losses, classes, target = ctx.saved_tensors
         grad = _gradient(grad, losses, classes, target, ctx.scale, ctx.shape, ctx.dtype, ctx.suffix)
         return grad, None, None, None, None, None, None, None, None, None, None
@@ -197,6 +198,7 @@ def smoothed(scores: Tensor, *args, backend: str) -> Tensor:
     return _apply(_Smoothed, scores, *args, suffix(backend, scores.device))[0]
 
 
-def loss(scores: Tensor, *args, backend: str) -> Tensor:
-    """Differentiable losses [N]; arguments as in the op's schema."""
-    return _apply(_Loss, scores, *args, suffix(backend, scores.device))[0]
+def loss(scores: Tensor, *args, backend: str) -> tuple[Tensor, Tensor]:
+    """Differentiable losses [N] and the number of rows that are not ignored; arguments as in the op's schema."""
+    losses, _, n_valid = _apply(_Loss, scores, *args, suffix(backend, scores.device))
+    return losses, n_valid

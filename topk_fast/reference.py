@@ -178,14 +178,15 @@ def smoothed(scores: Tensor, seed: Tensor, k: int, epsilon: float, n_sample: int
 def loss(
     scores: Tensor, target: Tensor, margins: Tensor | None, seed: Tensor, k: int, epsilon: float, n_sample: int,
     scale: float, ignore_index: int, dense: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Losses [N] and classes [N, n_sample]; 0 and -1 in rows whose target is ``ignore_index``."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Losses [N] and classes [N, n_sample], 0 and -1 in rows whose target is ``ignore_index``; how many are not."""
     top, classes = smoothed(scores, seed, k, epsilon, n_sample, dense)
     ignored = target == ignore_index
     y = target.masked_fill(ignored, 0)
     true_score = scores.gather(1, y[:, None])[:, 0].to(top.dtype)
     losses = hinge(top, true_score, 1.0 if margins is None else margins[y], scale)
-    return losses.masked_fill(ignored, 0.0), classes.masked_fill(ignored[:, None], -1)
+    n_valid = (~ignored).sum().to(losses.dtype)
+    return losses.masked_fill(ignored, 0.0), classes.masked_fill(ignored[:, None], -1), n_valid
 
 
 def gradient(
