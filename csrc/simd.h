@@ -21,7 +21,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Lane numbers of shuffles, in tables: built lane by lane g++ makes each one anew, at some 60 instructions.
+// Lane numbers of shuffles, in tables: built lane by lane g++ makes each one anew.
 template <class Int, int kCount>
 struct Shuffles {
   Int even[kCount], odd[kCount], swap[6][kCount];  // swap[j]: lane i takes lane i ^ 2^j
@@ -143,7 +143,7 @@ static inline int append(const float* x, const int32_t* id, uint32_t hits, float
   return __builtin_popcount(hits);
 }
 
-// Without a branch for a list of up to 16: mispredicted ones took half of the time of a row of 100 scores.
+// Without a branch for a list of up to 16: mispredicted ones are what short rows spend their time on.
 static inline void insert(float* v, int32_t* c, int k, float x, int32_t id, bool wanted) {
   if (k > kLanes) return insert<float>(v, c, k, x, id, wanted);
   const __m512 values = _mm512_load_ps(v);
@@ -161,7 +161,7 @@ static inline void insert(float* v, int32_t* c, int k, float x, int32_t id, bool
 #endif
 
 // 64-bit lanes of which only the low halves count: a round of Philox is then two multiplications, two shifts
-// and two xors. Left to itself g++ 12 packs and unpacks between rounds and takes twice as long.
+// and two xors. Left to itself g++ 12 packs and unpacks between rounds.
 #if defined(TOPK_FAST_AVX512)
 struct Lanes {
   static constexpr int n = 8;

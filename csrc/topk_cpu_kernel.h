@@ -69,7 +69,7 @@ static inline double key_middle(double lo, double hi) {
 
 // The rank-th largest of x[0..n), n a multiple of kLanes padded with -inf; no NaN, 1 <= rank <= n.
 // Counts how many reach a bound and closes in on it; a count is n / 16 vector steps without a branch. Bounds are
-// `guess` first, then interpolated, every third one halfway: some six counts where bisection alone takes eleven.
+// `guess` first, then interpolated, every third one halfway.
 template <class S>
 static S rank_select(const S* x, int n, int rank, S guess) {
   using V = Vector<S>;

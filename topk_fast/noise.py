@@ -65,7 +65,7 @@ def upper_quantile(p: Tensor) -> Tensor:
         y - 2.5, 2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503,
         -0.00417768164, 0.246640727, 1.50140941,
     )  # fmt: skip
-    # torch's float32 root is not always correctly rounded (MKL's is not, once in six); the float64
+    # torch's float32 root is not always correctly rounded (MKL's is not); the float64
     # root rounded to float32 is: a float32's root is never that close to the middle of two float32 values.
     tail = _horner(
         y.to(torch.float64).sqrt().to(torch.float32) - 3.0, 2.11814277e-05, -0.000247470773, 0.00120883412, -0.00327648851, 0.00572421542,

@@ -110,7 +110,7 @@ def suffix(backend: str, device: torch.device) -> str:
 
 def _apply(function, *args):
     """``function.apply`` without its binding of default arguments, which costs as much as the forward of a small
-    batch (17 us); torch.compile and torch.func need the full one."""
+    batch; torch.compile and torch.func need the full one."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(Function, function).apply(*args)
