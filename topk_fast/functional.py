@@ -73,6 +73,8 @@ def noised_topk(
     _check_scores(input)
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a tensor without dimensions")
+    if isinstance(dim, bool) or not isinstance(dim, (int, Integral)):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
     if not -input.dim() <= dim < input.dim():
         raise IndexError(f"dim must be in [{-input.dim()}, {input.dim() - 1}], got {dim}")
     rows = input.movedim(dim, -1)
@@ -218,7 +220,10 @@ def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
     max_m = _real("max_m", max_m)
     if not max_m >= 0:
         raise ValueError(f"max_m must be at least 0, got {max_m}")
-    counts = torch.as_tensor(cls_num_list, dtype=torch.float64)
+    try:
+        counts = torch.as_tensor(cls_num_list, dtype=torch.float64)
+    except TypeError as error:
+        raise TypeError(f"cls_num_list must be a list of numbers: {error}") from error
     if counts.dim() != 1 or not counts.numel():
         raise ValueError(f"cls_num_list must be a list of counts, got shape {list(counts.shape)}")
     bad = (~(counts > 0) | counts.isinf()).nonzero().flatten()
@@ -296,6 +301,7 @@ def _loss(
     k = _integer("k", k, 1, n_classes - 1, "L - 1")
     epsilon, n_sample = _noise(epsilon, n_sample)
     dense = _dense(sampler)
+    ignore_index = _integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     if margins is not None:
         if margins.shape != (n_classes,):
             raise ValueError(f"margins must have shape [L] = [{n_classes}], got {list(margins.shape)}")
@@ -360,14 +366,14 @@ def _integer(name, value, low, high, high_name=None):
     if not low <= value <= high:
         span = f"[{low}, {high_name}] = [{low}, {high}]" if high_name else f"[{low}, {high}]"
         raise ValueError(f"{name} must be in {span}, got {value}")
-    return value
+    return value if isinstance(value, torch.SymInt) else int(value)
 
 
 def _real(name, value):
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     value = float(value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would not compile for symbolic floats
         raise ValueError(f"{name} must be finite, got {value}")
     return value
 
@@ -387,6 +393,8 @@ def _dense(sampler):
 
 def _seed(seed, generator, device):
     """The key of the noise as an int64 tensor on ``device``, so that no step waits for the device."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if seed is None:
         if generator is not None and generator.device.type != device.type:
             raise ValueError(f"generator must be on the scores' device {device}, got {generator.device}")

@@ -172,7 +172,7 @@ def _walk_background(best, scores, level, rows, seed, epsilon, first_class):
 def smoothed(scores: Tensor, seed: Tensor, k: int, epsilon: float, n_sample: int, dense: bool):
     """Smoothed k-th largest value [N] and the class of each sample's k-th largest [N, n_sample]."""
     values, classes = candidates(scores, seed, k, epsilon, n_sample, 0, 0, dense)
-    return mean(values[..., -1]), classes[..., -1].contiguous()
+    return mean(values[..., -1]), classes[..., -1].clone(memory_format=torch.contiguous_format)
 
 
 def loss(
@@ -210,7 +210,8 @@ def gradient(
     for start in range(0, n_rows, step):
         c, w = classes[start : start + step], weight[start : start + step]
         count = ((c[:, :, None] == c[:, None, :]) * w[:, None, :]).sum(2)  # the same for equal classes
-        entry = (grad[start : start + step, None] * scale) * (count / n_sample)
+        # A tensor as divisor: by a number, CUDA would multiply with its rounded inverse.
+        entry = (grad[start : start + step, None] * scale) * (count / torch.full_like(count, n_sample))
         # Places that stand twice get the same value twice; no weight at all means 0, which is there already.
         row = torch.arange(start, start + c.shape[0], device=c.device)[:, None].expand_as(c)
         entry = torch.where((w == 0).all(1, keepdim=True), torch.zeros_like(entry), entry)

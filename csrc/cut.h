@@ -1,0 +1,158 @@
+// What the cut is made of: maxima of groups of scores, and the rank-th largest of them.
+#pragma once
+
+#include "simd.h"
+
+namespace topk_fast {
+namespace TOPK_FAST_ISA {
+
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+static inline float widen(float x) { return x; }
+static inline double widen(double x) { return x; }
+static inline float widen(BFloat16 x) { return widen_bfloat16(x.bits); }
+static inline float widen(Half x) { return widen_half(x.bits); }
+
+// Totally ordered integer keys of floats, for the last steps of a bisection.
+static inline float key_middle(float lo, float hi) {
+  const auto key = [](float x) {
+    const uint32_t b = float_bits(x);
+    return (int64_t)(int32_t)(b & 0x80000000u ? 0x80000000u - b : b);
+  };
+  const int64_t mid = key(lo) + (key(hi) - key(lo)) / 2;
+  return bits_float(mid < 0 ? 0x80000000u - (uint32_t)mid : (uint32_t)mid);
+}
+static inline double key_middle(double lo, double hi) {
+  const auto key = [](double x) {
+    int64_t b;
+    memcpy(&b, &x, 8);
+    return b < 0 ? (int64_t)(0x8000000000000000ull - (uint64_t)b) : b;
+  };
+  const int64_t a = key(lo), b = key(hi), mid = (a & b) + ((a ^ b) >> 1);
+  const uint64_t bits = mid < 0 ? 0x8000000000000000ull - (uint64_t)mid : (uint64_t)mid;
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+
+// The rank-th largest of x[0..n), n a multiple of kLanes padded with -inf; no NaN, 1 <= rank <= n.
+// Counts how many reach a bound and closes in on it; a count is n / 16 vector steps without a branch. Bounds are
+// `guess` first, then interpolated, every third one halfway.
+template <class S>
+static S rank_select(const S* x, int n, int rank, S guess) {
+  using V = Vector<S>;
+  const S inf = (S)__builtin_inf();
+  const auto count = [&](S bound) {
+    typename V::mask c = {};
+    for (int i = 0; i < n; i += V::n) c += V::load(x + i) >= bound;
+    return V::count(c);
+  };
+  const auto least_from = [&](S bound) {
+    typename V::type least = V::all(inf);
+    for (int i = 0; i < n; i += V::n) {
+      const typename V::type v = V::load(x + i);
+      least = V::smaller(v >= bound ? v : V::all(inf), least);
+    }
+    return -V::largest(-least);
+  };
+  typename V::type top = V::all(-inf);
+  for (int i = 0; i < n; i += V::n) top = V::larger(V::load(x + i), top);
+  S hi = V::largest(top), lo = least_from(sizeof(S) == 4 ? (S)-3.40282347e+38 : (S)-1.7976931348623157e+308);
+  int reach_lo = count(lo), reach_hi = count(hi);
+  if (reach_hi >= rank) return hi;
+  if (lo == inf || reach_lo < rank) return -inf;
+  if (hi == inf) {
+    hi = sizeof(S) == 4 ? (S)3.40282347e+38 : (S)1.7976931348623157e+308;
+    reach_hi = count(hi);
+    if (reach_hi >= rank) return hi;
+  }
+  // From here on reach_lo >= rank > reach_hi. Halves of floats shrink a range of many magnitudes slowly: after 16
+  // bounds those of the floats' ordered bits take over, at most 64 of them.
+  for (int step = 0;; ++step) {
+    S bound = guess;
+    if (step > 0) bound = lo + (hi - lo) * (((S)(reach_lo - rank) + (S)0.5) / (S)(reach_lo - reach_hi));
+    if (step % 3 == 2 || !(bound > lo && bound < hi)) bound = lo * (S)0.5 + hi * (S)0.5;
+    if (step >= 16 || !(bound > lo && bound < hi)) bound = key_middle(lo, hi);
+    if (!(bound > lo && bound < hi)) return lo;
+    const int reach = count(bound);
+    if (reach == rank) return least_from(bound);
+    if (reach < rank) {
+      hi = bound, reach_hi = reach;
+      continue;
+    }
+    lo = bound, reach_lo = reach;
+    if (step >= 8) {  // many equal values: step from one of them to the next
+      lo = least_from(bound);
+      typename V::mask above = {};
+      for (int i = 0; i < n; i += V::n) above += V::load(x + i) > lo;
+      if (V::count(above) < rank) return lo;
+    }
+  }
+}
+
+static inline Vector<float>::type load(const float* x) { return Vector<float>::load(x); }
+static inline Vector<double>::type load(const double* x) { return Vector<double>::load(x); }
+template <class T>
+static inline Vector<float>::type load(const T* x) {
+  using V = Vector<float>;
+  float wide[V::n];
+  for (int i = 0; i < V::n; ++i) wide[i] = widen(x[i]);
+  return V::load(wide);
+}
+
+// Maxima of consecutive groups of G, as many as a vector holds.
+template <int G, class T>
+static inline typename Vector<typename Arithmetic<T>::type>::type group_vector(const T* x) {
+  using V = Vector<typename Arithmetic<T>::type>;
+  if constexpr (G == 1)
+    return load(x);
+  else
+    return V::pair_maxima(group_vector<G / 2>(x), group_vector<G / 2>(x + V::n * (G / 2)));
+}
+
+template <class T, class S>
+static S maximum(const T* x, int64_t n) {
+  using V = Vector<S>;
+  S m = -(S)__builtin_inf();
+  int64_t i = 0;
+  if (n >= V::n) {
+    typename V::type v = load(x);
+    for (i = V::n; i + V::n <= n; i += V::n) v = V::larger(v, load(x + i));
+    m = V::largest(v);
+  }
+  for (; i < n; ++i) m = widen(x[i]) > m ? widen(x[i]) : m;
+  return m;
+}
+
+// out[i] = maximum of the i-th group looked at. A NaN may spoil one: its row ends as NaN whatever the cut.
+template <int G, class T, class S>
+static void group_maxima(const T* row, int64_t n_classes, int64_t stride, S* out, int n) {
+  using V = Vector<S>;
+  int i = 0;
+  if (stride == 1)
+    for (; (int64_t)(i + V::n) * G <= n_classes; i += V::n) {
+      const typename V::type v = group_vector<G>(row + (int64_t)i * G);
+      memcpy(out + i, &v, sizeof v);
+    }
+  for (; i < n; ++i) {
+    const int64_t start = i * stride * G;
+    out[i] = maximum<T, S>(row + start, n_classes - start < G ? n_classes - start : G);
+  }
+}
+
+}  // namespace TOPK_FAST_ISA
+}  // namespace topk_fast

@@ -1,0 +1,507 @@
+"""Contract under test: same seed, same bits, on every backend, instruction set, thread count, chunk and layout."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from topk_fast import available_backends, noise, ops, reference
+from topk_fast.functional import (
+    bal_noised_topk_loss,
+    imbal_noised_topk_loss,
+    noised_topk,
+    noised_topk_candidates,
+)
+
+if ops.HAS_CPP:
+    from topk_fast import _C
+
+KNOWN = [
+    (case, name)
+    for case in json.loads((Path(__file__).parent / "known_answers.json").read_text())["row"]["cases"]
+    for name in ("thinned", "dense")
+    if name in case  # long rows have no dense lists
+]
+INF, NAN = float("inf"), float("nan")
+BACKENDS = available_backends("cpu")
+FORMS = [f"cpp:{isa}" for isa in _C.isas()] + ["torch"] if ops.HAS_CPP else ["torch"]
+NEEDS_CPP = pytest.mark.skipif(not ops.HAS_CPP, reason="two backends are compared and the C++ kernels are not built")
+SEARCH = dict(derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def running(form):
+    """The backend that a form names, with its instruction set chosen; the best one is chosen again afterwards."""
+    backend, _, isa = form.partition(":")
+    if isa:
+        _C.use_isa(isa)
+    try:
+        yield backend
+    finally:
+        if isa:
+            _C.use_isa(_C.isas()[0])
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    with running(request.param) as backend:
+        yield backend
+
+
+@pytest.fixture(params=["thinned", "dense"])
+def sampler(request):
+    return request.param
+
+
+def bits(x):
+    """The raw bits, with one pattern for every NaN: which NaN it is the contract leaves open."""
+    if not x.dtype.is_floating_point:
+        return x
+    x = torch.where(x.isnan(), torch.full_like(x, NAN), x)
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def assert_same(given, expected, note=""):
+    given = given if isinstance(given, tuple) else (given,)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for a, b in zip(given, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape, note
+        where = (bits(a) != bits(b)).nonzero()
+        assert not where.numel(), f"{note} differs at {where[0].tolist()}: {a[tuple(where[0])]} {b[tuple(where[0])]}"
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+KINDS = {
+    "normal": lambda x, u, low: x,
+    "zeros": lambda x, u, low: torch.zeros_like(x),
+    "minus zeros": lambda x, u, low: torch.full_like(x, -0.0),
+    "zeros of both signs": lambda x, u, low: torch.zeros_like(x).copysign(x),
+    "large constant": lambda x, u, low: torch.full_like(x, 1000.0),
+    "ties": lambda x, u, low: (x * 2).round() / 2,
+    "spiky": lambda x, u, low: x**3,
+    "falling": lambda x, u, low: x.sort(dim=1, descending=True).values,
+    "rising": lambda x, u, low: x.sort(dim=1).values,
+    "tiny": lambda x, u, low: x * 1e-40,
+    "huge": lambda x, u, low: x * 1e4,
+    "half masked": lambda x, u, low: x.masked_fill(u < 0.5, -INF),
+    "99 % masked": lambda x, u, low: x.masked_fill(u < 0.99, -INF),
+    "all masked": lambda x, u, low: torch.full_like(x, -INF),
+    "masked by finfo.min": lambda x, u, low: x.masked_fill(u < 0.9, low),
+    "some +inf": lambda x, u, low: x.masked_fill(u < 0.02, INF),
+    "half +inf": lambda x, u, low: x.masked_fill(u < 0.5, INF),
+    "+inf and -inf": lambda x, u, low: x.masked_fill(u < 0.3, INF).masked_fill(u > 0.7, -INF),
+    "some NaN": lambda x, u, low: x.masked_fill(u < 0.01, NAN),
+    "a NaN in the last class": lambda x, u, low: x.index_fill(1, torch.tensor([x.shape[1] - 1]), NAN),
+}
+
+
+def scores_of(kind, dtype, n_rows, n_classes, data_seed):
+    generator = torch.Generator().manual_seed(data_seed)
+    x = torch.randn(n_rows, n_classes, generator=generator, dtype=torch.float64)
+    u = torch.rand(n_rows, n_classes, generator=generator)
+    low = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+    return KINDS[kind](x, u, low).to(dtype)
+
+
+# Lengths around the widths of vectors, of tiles and of the plan's steps, and anything between.
+LENGTHS = st.one_of(
+    st.integers(1, 300),
+    st.sampled_from([1, 15, 16, 17, 63, 64, 65, 127, 129, 255, 257, 511, 513, 1000, 1023, 2049]),
+    st.sampled_from([4097, 5000, 20_011]),
+)
+RANKS = st.one_of(st.integers(1, 22), st.integers(1, 130))
+EPSILONS = st.sampled_from([0.0, 0.01, 0.2, 1.0, 5.0])
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+SEEDS = st.integers(-(2**63), 2**63 - 1)
+SAMPLERS = st.sampled_from(["thinned", "thinned", "dense"])
+
+
+def affordable(n_classes, k, n_sample):
+    """Rank and samples cut to what the torch backend does in some 50 ms."""
+    return (k, n_sample) if n_classes <= 3000 else (min(k, 21), min(n_sample, 5))
+
+
+KNOWN_IDS = [f"{name}-{c['scores']}-L{c['L']}-k{c['k']}-epsilon{c['epsilon']}" for c, name in KNOWN]
+
+
+@pytest.mark.parametrize("case, name", KNOWN, ids=KNOWN_IDS)
+def test_known_answers(form, case, name):
+    classes = torch.arange(case["L"])
+    seed = torch.tensor(case["seed"])
+    words = noise.philox(classes, 1000, 0, 0, seed)
+    z = noise.normal(words[0])
+    scores = {
+        "normal": lambda: z,
+        "flat": lambda: torch.zeros_like(z),
+        "ties": lambda: (z * 4).round() * 0.25,
+        "masked": lambda: z.masked_fill(words[1] < 0xE0000000, -INF),
+        "spiky": lambda: (z * z) * z,
+    }[case["scores"]]()
+    values, found = noised_topk_candidates(
+        scores[None], case["k"], case["epsilon"], case["n_sample"],
+        seed=case["seed"], first_row=case["row"], sampler=name, backend=form,
+    )  # fmt: skip
+    assert found[0].tolist() == case[name]["class"]
+    assert (values[0].view(torch.int32).to(torch.int64) & 0xFFFFFFFF).tolist() == case[name]["value_bits"]
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, **SEARCH)
+@given(
+    n_rows=st.integers(1, 3), n_classes=LENGTHS, k=RANKS, n_sample=st.integers(1, 33), epsilon=EPSILONS, dtype=DTYPES,
+    seed=SEEDS, first_row=st.sampled_from([0, 5, 2**31 - 1, 2**31]), first_class=st.sampled_from([0, 1, 1000, 2**30]),
+    name=SAMPLERS, data_seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_candidates_agree(
+    kind, n_rows, n_classes, k, n_sample, epsilon, dtype, seed, first_row, first_class, name, data_seed
+):
+    k, n_sample = affordable(n_classes, k, n_sample)
+    scores = scores_of(kind, dtype, n_rows, n_classes, data_seed)
+    found = {}
+    for one in FORMS:
+        with running(one) as backend:
+            found[one] = noised_topk_candidates(
+                scores, k, epsilon, n_sample, seed=seed, first_row=first_row, first_class=first_class, sampler=name,
+                backend=backend,
+            )  # fmt: skip
+    for one in FORMS[:-1]:
+        assert_same(found[one], found["torch"], one)
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, **SEARCH)
+@given(
+    n_rows=st.integers(1, 4), n_classes=LENGTHS, k=RANKS, n_sample=st.integers(1, 33), epsilon=EPSILONS, dtype=DTYPES,
+    seed=SEEDS, name=SAMPLERS, data_seed=st.integers(0, 2**31), scale=st.sampled_from([1.0, 50.0, 0.3]),
+    what=st.sampled_from(["value", "balanced", "imbalanced"]), coarse_grad=st.booleans(),
+)  # fmt: skip
+def test_losses_and_gradients_agree(
+    kind, n_rows, n_classes, k, n_sample, epsilon, dtype, seed, name, data_seed, what, scale, coarse_grad
+):
+    n_classes = max(2, n_classes)
+    k, n_sample = affordable(n_classes, min(k, n_classes - 1), n_sample)
+    scores = scores_of(kind, dtype, n_rows, n_classes, data_seed)
+    generator = torch.Generator().manual_seed(data_seed)
+    target = torch.randint(n_classes, (n_rows,), generator=generator)
+    target[torch.rand(n_rows, generator=generator) < 0.2] = -100
+    margins = torch.rand(n_classes, generator=generator, dtype=torch.float64)
+    grad = torch.randn(n_rows, generator=generator, dtype=torch.float64)
+    grad = grad.sign() if coarse_grad else grad  # +-1: counts show as they are
+    common = dict(seed=seed, sampler=name)
+    results = {}
+    for one in FORMS:
+        x = scores.clone().requires_grad_()
+        with running(one) as backend:
+            if what == "value":
+                out = noised_topk(x, k, epsilon, n_sample, backend=backend, **common)
+            elif what == "balanced":
+                out = bal_noised_topk_loss(x, target, k, epsilon, n_sample, reduction="none", backend=backend, **common)
+            else:
+                out = imbal_noised_topk_loss(
+                    x, target, k, margins, epsilon, scale, n_sample, reduction="none", backend=backend, **common
+                )
+            out.backward(grad.to(out.dtype))
+        results[one] = (out.detach(), x.grad)
+    for one in FORMS[:-1]:
+        assert_same(results[one], results["torch"], f"{one} {what}")
+
+
+def dense_oracle(scores, k, epsilon, n_sample, seed):
+    """All noised scores by the contract's draws, sorted; stable, so the lower class is first among equals."""
+    rows = torch.arange(scores.shape[0])
+    z = reference.dense_noise(rows, scores.shape[1], n_sample, torch.tensor(seed))
+    noised = scores[:, None] + epsilon * z.to(scores.dtype)
+    order = (noised + 0.0).sort(dim=2, descending=True, stable=True).indices[..., :k]
+    return noised.gather(2, order), order
+
+
+@pytest.mark.parametrize("kind", ["normal", "zeros of both signs", "ties", "spiky", "some +inf"])
+@pytest.mark.parametrize("n_classes", [7, 129, 2000])
+def test_dense_is_a_sort_of_all_noised_scores(form, kind, n_classes):
+    scores = scores_of(kind, torch.float32, 3, n_classes, 1)
+    given = noised_topk_candidates(scores, 5, 0.5, 9, seed=3, sampler="dense", backend=form)
+    assert_same(given, dense_oracle(scores, 5, 0.5, 9, 3))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros of both signs", "falling", "rising", "some +inf", "huge"])
+@pytest.mark.parametrize("n_classes", [7, 129, 2000, 20_011])
+def test_no_noise_is_a_sort_of_the_scores(form, sampler, kind, n_classes):
+    scores = scores_of(kind, torch.float32, 2, n_classes, 2)
+    values, classes = noised_topk_candidates(scores, 6, 0.0, 3, seed=3, sampler=sampler, backend=form)
+    order = scores.add(0.0).sort(dim=1, descending=True, stable=True).indices[:, :6]
+    assert torch.equal(values, scores.gather(1, order)[:, None].expand(-1, 3, -1))
+    if kind == "zeros of both signs" and sampler == "thinned":
+        # All scores equal the cut: arrivals name the classes, which are any six different ones in their order.
+        assert torch.equal(scores[:, None].expand(-1, 3, -1).gather(2, classes), values)
+        assert (classes.diff(dim=2) > 0).all()
+    else:
+        assert torch.equal(classes, order[:, None].expand(-1, 3, -1))
+
+
+@pytest.mark.parametrize(
+    "n_rows, n_classes, n_sample",
+    [(1, 10_000, 40), (1, 100, 33), (2, 3000, 17), (3, 70_000, 5), (64, 500, 5), (1, 200_000, 1)],
+    ids=["one row, many samples", "one short row", "two rows", "rows fewer than threads", "many rows", "one long row"],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_thread_counts(backend, sampler, n_rows, n_classes, n_sample):
+    n_classes = min(n_classes, 3000) if sampler == "dense" else n_classes
+    scores, target = randn(n_rows, n_classes), torch.arange(n_rows)
+    results = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            x = scores.clone().requires_grad_()
+            common = dict(seed=1, sampler=sampler, backend=backend)
+            found = noised_topk_candidates(x, 6, 1.0, n_sample, **common)
+            losses = bal_noised_topk_loss(x, target, 5, 1.0, n_sample, reduction="none", **common)
+            losses.sum().backward()
+            results.append((*found, losses.detach(), x.grad))
+    finally:
+        torch.set_num_threads(1)
+    assert_same(results[1], results[0], "2 threads")
+    assert_same(results[2], results[0], "4 threads")
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_row_slices_equal_the_whole(form, sampler, step):
+    scores, first = randn(10, 700), 2**31 - 4
+    common = dict(seed=-5, sampler=sampler, backend=form)
+    whole = noised_topk_candidates(scores, 6, 1.0, 5, first_row=first, **common)
+    parts = [
+        noised_topk_candidates(scores[n : n + step], 6, 1.0, 5, first_row=first + n, **common)
+        for n in range(0, 10, step)
+    ]
+    assert_same(tuple(torch.cat(part) for part in zip(*parts, strict=True)), whole)
+
+
+def merge(parts, k):
+    """The k best of candidates of several class slices: value descending, then class ascending, -1 last."""
+    values = torch.cat([p[0] for p in parts], dim=2)
+    classes = torch.cat([p[1] for p in parts], dim=2)
+    order = classes.where(classes >= 0, torch.tensor(2**62)).sort(dim=2, stable=True).indices
+    values, classes = values.gather(2, order), classes.gather(2, order)
+    order = (values + 0.0).sort(dim=2, descending=True, stable=True).indices[..., :k]
+    return values.gather(2, order), classes.gather(2, order)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros of both signs", "half masked", "99 % masked", "some +inf"])
+@pytest.mark.parametrize("bounds", [(1, 500), (3, 4, 5), (256, 512, 768), (990,)], ids=str)
+def test_dense_class_slices_merge_to_the_whole(form, kind, bounds):
+    scores = scores_of(kind, torch.float32, 3, 1000, 3)
+    common = dict(seed=11, first_row=7, sampler="dense", backend=form)
+    edges = [0, *bounds, 1000]
+    parts = [
+        noised_topk_candidates(scores[:, a:b], 21, 1.0, 5, first_class=a, **common)
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    assert_same(merge(parts, 21), noised_topk_candidates(scores, 21, 1.0, 5, **common))
+
+
+@pytest.mark.parametrize("name", ["thinned", "dense"])
+def test_a_slice_shifts_its_classes(form, name):
+    scores = randn(2, 900)
+    values, classes = noised_topk_candidates(scores, 6, 0.0, 2, first_class=2**31 - 901, sampler=name, backend=form)
+    assert torch.equal(classes - (2**31 - 901), scores.topk(6).indices[:, None].expand(-1, 2, -1))
+    assert torch.equal(values, scores.topk(6).values[:, None].expand(-1, 2, -1))
+
+
+@pytest.mark.parametrize("budget", [1, 100, 5000])
+@pytest.mark.parametrize("kind", ["normal", "ties", "99 % masked", "some NaN"])
+def test_chunks_of_the_torch_backend_change_nothing(monkeypatch, sampler, kind, budget):
+    def run():
+        x = scores_of(kind, torch.float32, 5, 300, 4).requires_grad_()
+        common = dict(seed=2, sampler=sampler, backend="torch")
+        found = noised_topk_candidates(x, 4, 1.0, 5, first_row=2, **common)
+        losses = bal_noised_topk_loss(x, torch.arange(5), 3, 1.0, 5, reduction="none", **common)
+        losses.backward(torch.arange(5.0))
+        return (*found, losses.detach(), x.grad)
+
+    expected = run()
+    monkeypatch.setattr(reference, "_BUDGET", budget)
+    assert_same(run(), expected)
+
+
+LAYOUTS = {
+    "columns of a wider tensor": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "an odd offset": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
+    "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every second class": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "a middle dimension": lambda x: x[:, :, None].repeat(1, 1, 3)[:, :, 1],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_strided_rows_equal_contiguous_ones(form, dtype, layout):
+    x = randn(4, 777).to(dtype)
+    y = LAYOUTS[layout](x)
+    assert torch.equal(x, y) and not y.is_contiguous()
+    target = torch.arange(4).repeat_interleave(2)[::2]  # strided as well
+    results = []
+    for scores, labels in ((x, target.contiguous()), (y, target)):
+        leaf = scores.detach().requires_grad_()
+        found = noised_topk_candidates(leaf, 6, 1.0, 5, seed=4, backend=form)
+        losses = bal_noised_topk_loss(leaf, labels, 5, seed=4, reduction="none", backend=form)
+        tops = noised_topk(leaf, 5, seed=4, backend=form)
+        (losses + tops).backward(torch.ones(1, dtype=losses.dtype).expand(4))  # a gradient of stride 0
+        results.append((*found, losses.detach(), tops.detach(), leaf.grad))
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("n_classes", [1, 40, 3000])
+def test_expanded_rows_equal_repeated_ones(form, sampler, n_classes):
+    row = randn(1, n_classes)
+    common = dict(seed=4, sampler=sampler, backend=form)
+    given = noised_topk_candidates(row.expand(5, -1), 3, 1.0, 5, **common)
+    assert_same(given, noised_topk_candidates(row.repeat(5, 1), 3, 1.0, 5, **common))
+    constant = noised_topk_candidates(torch.zeros(1, 1).expand(5, n_classes), 3, 1.0, 5, **common)  # stride 0 twice
+    assert_same(constant, noised_topk_candidates(torch.zeros(5, n_classes), 3, 1.0, 5, **common))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 7, 2**63 - 1, -1, -(2**31), -(2**63)])
+def test_a_seed_has_three_spellings(form, seed):
+    scores = randn(2, 500)
+
+    def call(seed):
+        return noised_topk_candidates(scores, 3, 1.0, 5, seed=seed, backend=form)
+
+    expected = call(torch.tensor(seed))
+    assert_same(call(seed), expected, "int")
+    assert_same(call(seed % 2**64), expected, "two's complement")
+
+
+def test_both_words_of_the_seed_and_the_row_count(form):
+    scores = torch.zeros(1, 64)
+    values = {
+        (seed, row): noised_topk_candidates(scores, 1, 1.0, 1, seed=seed, first_row=row, backend=form)[0].item()
+        for seed in (0, 1, 2**32, 2**63, -1)
+        for row in (0, 1, 2**31)
+    }
+    assert len(set(values.values())) == len(values)
+
+
+@pytest.mark.parametrize("finite", [0, 1, 4])
+@pytest.mark.parametrize("n_classes", [4, 30, 5000])
+def test_short_lists_end_in_minus_inf_and_minus_one(form, sampler, n_classes, finite):
+    scores = torch.full((2, n_classes), -INF)
+    kept = torch.tensor([n_classes - 1, 0, n_classes // 2, 1])[:finite]
+    scores[:, kept] = randn(2, finite)
+    values, classes = noised_topk_candidates(scores, 6, 1.0, 5, seed=5, sampler=sampler, backend=form)
+    assert (values[..., finite:] == -INF).all() and (classes[..., finite:] == -1).all()
+    assert torch.isfinite(values[..., :finite]).all()
+    assert torch.equal(classes[..., :finite].sort(dim=2).values, kept.sort().values.expand(2, 5, -1))
+
+
+def equal_scores_under_a_mask(n_classes, k, finite):
+    """Zeros at the heads of the groups that the plan looks at, then at their second classes; all else is masked."""
+    group, stride, rank = noise.plan(n_classes, k)
+    heads = torch.arange(0, n_classes, group * stride)
+    scores = torch.full((1, n_classes), -INF)
+    scores[0, torch.cat([heads, heads + 1])[:finite]] = 0.0
+    assert rank <= finite, "the cut is one of the finite scores"
+    return scores
+
+
+@pytest.mark.parametrize(
+    "k, finite",
+    [(200, 100), (100, 100), (6, 100), (6, 500)],
+    ids=["fewer than k", "just k", "few", "as many as groups"],
+)
+def test_few_finite_scores_all_contend(form, k, finite):
+    """The walk over classes of which most are masked would take long, or for ever: all finite ones get draws."""
+    scores = equal_scores_under_a_mask(200_000, k, finite)
+    thinned = noised_topk_candidates(scores, k, 1.0, 2, seed=5, backend=form)
+    assert_same(thinned, noised_topk_candidates(scores, k, 1.0, 2, seed=5, sampler="dense", backend=form))
+    assert (thinned[1] >= 0).sum(2).eq(min(k, finite)).all()
+
+
+@NEEDS_CPP
+def test_a_walk_among_masked_classes_agrees():
+    scores = equal_scores_under_a_mask(200_000, 6, 1000)
+    found = {}
+    for one in FORMS:
+        with running(one) as backend:
+            found[one] = noised_topk_candidates(scores, 6, 1.0, 2, seed=5, backend=backend)
+    assert (found["torch"][1] >= 0).all()
+    for one in FORMS[:-1]:
+        assert_same(found[one], found["torch"], one)
+
+
+@pytest.mark.parametrize("n_classes", [3, 50, 300, 5000])
+def test_plus_inf_comes_first_in_class_order(form, sampler, n_classes):
+    scores = randn(2, n_classes)
+    scores[:, [0, n_classes - 1]] = INF
+    values, classes = noised_topk_candidates(scores, 3, 1.0, 5, seed=5, sampler=sampler, backend=form)
+    assert (values[..., :2] == INF).all() and torch.isfinite(values[..., 2]).all()
+    assert (classes[..., 0] == 0).all() and (classes[..., 1] == n_classes - 1).all()
+
+
+@pytest.mark.parametrize("n_classes", [2, 33, 300, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_nan_anywhere_spoils_its_row_alone(form, sampler, dtype, n_classes):
+    at = [0, n_classes // 2, n_classes - 1]
+    clean = randn(2 * len(at), n_classes).to(dtype)
+    scores = clean.clone()
+    for n, j in enumerate(at):
+        scores[2 * n, j] = NAN
+        scores[2 * n, (j + 1) % n_classes] = INF
+    common = dict(seed=6, sampler=sampler, backend=form)
+    values, classes = noised_topk_candidates(scores, 2, 1.0, 3, **common)
+    assert values[::2].isnan().all() and (classes[::2] == -1).all()
+    expected = noised_topk_candidates(clean, 2, 1.0, 3, **common)
+    assert_same((values[1::2], classes[1::2]), (expected[0][1::2], expected[1][1::2]))
+    x = scores.requires_grad_()
+    losses = bal_noised_topk_loss(x, torch.ones(len(scores), dtype=torch.int64), 1, reduction="none", **common)
+    (losses.sum() + noised_topk(x, 1, **common).sum()).backward()
+    assert losses[::2].isnan().all() and not losses[1::2].isnan().any()
+    assert x.grad[::2].isnan().all() and not x.grad[1::2].isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_beyond_two_to_the_31_elements(backend):
+    """64-bit offsets: three rows, the last ones past 2**31; their pages alone are touched."""
+    stride, n_classes = 2**30 + 2**10, 1000
+    try:
+        base = torch.empty(2 * stride + n_classes, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("no 4 GiB of virtual memory here")
+    scores = base.as_strided((3, n_classes), (stride, 1))
+    scores.copy_(randn(3, n_classes))
+    packed, target = scores.clone(), torch.tensor([0, 999, 500])
+    common = dict(seed=7, backend=backend)
+    given = noised_topk_candidates(scores, 6, 1.0, 5, **common)
+    assert_same(given, noised_topk_candidates(packed, 6, 1.0, 5, **common))
+    given = bal_noised_topk_loss(scores, target, 5, reduction="none", **common)
+    assert_same(given, bal_noised_topk_loss(packed, target, 5, reduction="none", **common))
+
+
+@NEEDS_CPP
+def test_more_than_two_to_the_31_scores():
+    """N * L > 2**31 as 2200 times the same row, which is not materialised; rows differ by their noise alone."""
+    n_rows, n_classes = 2200, 1_000_003
+    row = randn(1, n_classes).to(torch.bfloat16)
+    row[0, 999_999] = 30.0
+    scores = row.expand(n_rows, -1)
+    assert scores.numel() > 2**31
+    common = dict(seed=8, backend="cpp")
+    _, classes = noised_topk_candidates(scores, 1, 1.0, 1, **common)
+    assert (classes == 999_999).all()
