@@ -1,0 +1,684 @@
+"""Contract under test: the losses inside PyTorch's systems, and the shapes and edges a user of its losses expects."""
+
+import copy
+import gc
+import pickle
+import shutil
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NormedLinear, available_backends
+from topk_fast.functional import (
+    bal_noised_topk_loss,
+    imbal_noised_topk_loss,
+    noised_topk,
+    noised_topk_candidates,
+)
+
+BACKENDS = available_backends("cpu")
+SUFFIXES = ["", "_torch"] if "cpp" in BACKENDS else ["_torch"]
+N, L, K = 6, 300, 5
+INF, NAN = float("inf"), float("nan")
+MARGINS = torch.linspace(0.1, 1.0, L)
+
+# As function(scores, target, **options), so that one test serves all three.
+FUNCTIONS = {
+    "value": lambda x, y, **more: noised_topk(x, K, **more).mean(),
+    "balanced": lambda x, y, **more: bal_noised_topk_loss(x, y, K, **more),
+    "imbalanced": lambda x, y, **more: imbal_noised_topk_loss(x, y, K, MARGINS, 0.5, 3.0, **more),
+}
+LOSSES = ["balanced", "imbalanced"]
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+every_loss = pytest.mark.parametrize("name", LOSSES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compiler():
+    """A backend of torch.compile without code generation, which counts the graphs it is given."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # here, for DDP's processes import this file as well
+
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(n_rows=N, n_classes=L, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(n_rows, n_classes, generator=generator)
+    return scores, torch.randint(n_classes, (n_rows,), generator=generator)
+
+
+def value_and_grad(function, x, *args, **more):
+    x = x.detach().clone().requires_grad_()
+    out = function(x, *args, **more)
+    out.sum().backward()
+    return out.detach(), x.grad
+
+
+def assert_same(given, expected):
+    torch.testing.assert_close(given, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# Ops, fake kernels and torch.compile
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_opcheck(suffix, dtype):
+    def check(op, *args):
+        torch.library.opcheck(getattr(torch.ops.topk_fast, op + suffix).default, args)
+
+    scores, target = batch(3, 150)
+    scores, wide = scores.to(dtype), torch.float64 if dtype == torch.float64 else torch.float32
+    target[1] = -100
+    seed, margins = torch.tensor(3), torch.ones(150, dtype=wide)
+    for dense in (False, True):
+        check("candidates", scores, seed, K, 1.0, 4, 2, 1000, dense)
+        check("smoothed", scores, seed, K, 1.0, 4, dense)
+        check("loss", scores, target, None, seed, K, 1.0, 4, 1.0, -100, dense)
+        check("loss", scores, target, margins, seed, K, 1.0, 4, 50.0, -100, dense)
+    losses, classes, _ = getattr(torch.ops.topk_fast, "loss" + suffix)(
+        scores, target, margins, seed, K, 1.0, 4, 50.0, -100, False
+    )
+    check("gradient", torch.ones(3, dtype=wide), losses, classes, target, 50.0, 150, dtype)
+    top, classes = getattr(torch.ops.topk_fast, "smoothed" + suffix)(scores, seed, K, 1.0, 4, False)
+    check("gradient", torch.ones(3, dtype=wide), top, classes, None, 1.0, 150, dtype)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_opcheck_of_strided_and_empty_scores(suffix):
+    op = getattr(torch.ops.topk_fast, "smoothed" + suffix).default
+    for scores in (randn(90, 4).t(), randn(4, 180)[:, :90], randn(0, 90), randn(1, 90), randn(1, 90).expand(4, 90)):
+        for n_sample in (1, 4):
+            torch.library.opcheck(op, (scores, torch.tensor(1), 2, 1.0, n_sample, False))
+
+
+@every_function
+@every_backend
+def test_one_graph_for_all_seed_tensors(compiler, name, backend):
+    def run(x, y, seed):
+        return FUNCTIONS[name](x, y, seed=seed, backend=backend)
+
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
+    x, y = batch()
+    for seed in (0, 1, -5, 2**63 - 1):
+        seed = torch.tensor(seed)
+        assert_same(value_and_grad(compiled, x, y, seed), value_and_grad(run, x, y, seed))
+    assert compiler.frame_count == 1
+
+
+@every_function
+@every_backend
+def test_one_graph_for_all_draws_of_the_seed(compiler, name, backend):
+    def run(x, y):
+        return FUNCTIONS[name](x, y, backend=backend)
+
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
+    x, y = batch()
+    torch.manual_seed(0)
+    given = [value_and_grad(compiled, x, y) for _ in range(4)]
+    torch.manual_seed(0)
+    expected = [value_and_grad(run, x, y) for _ in range(4)]
+    assert_same(given, expected)
+    assert len({value.item() for value, _ in given}) == 4
+    assert compiler.frame_count == 1
+
+
+@every_backend
+def test_compiled_modules(compiler, backend):
+    """A training step: model and criterion in one graph, seeds drawn inside."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), NormedLinear(16, L))
+    criteria = [
+        BalNoisedTopK(K, 1.0, backend=backend),
+        ImbalNoisedTopK(K, 0.1, max_m=0.3, cls_num_list=range(1, L + 1), backend=backend),
+    ]
+    features, y = randn(N, 8), batch()[1]
+
+    def step(x, y):
+        return criteria[0](model(x), y) + criteria[1](model(x), y) + NoisedTopK(3, backend=backend)(model(x)).mean()
+
+    compiled = torch.compile(step, backend=compiler, fullgraph=True)
+    results = []
+    for function in (compiled, step):
+        torch.manual_seed(4)
+        model.zero_grad()
+        out = function(features, y)
+        out.backward()
+        results.append((out.detach(), [p.grad.clone() for p in model.parameters()]))
+    assert_same(results[0], results[1])
+    assert compiler.frame_count == 1
+
+
+def test_compile_with_a_plain_int_seed(compiler):
+    compiled = torch.compile(bal_noised_topk_loss, backend=compiler, fullgraph=True)
+    x, y = batch()
+    for seed in (3, -1, 2**63 + 9, 2**64 - 1):
+        assert_same(compiled(x, y, K, seed=seed), bal_noised_topk_loss(x, y, K, seed=seed))
+
+
+@every_backend
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_compile_with_a_dynamic_batch(compiler, backend, reduction):
+    def run(x, y, seed):
+        return bal_noised_topk_loss(x, y, K, reduction=reduction, seed=seed, backend=backend)
+
+    compiled = torch.compile(run, backend=compiler, fullgraph=True, dynamic=True)
+    seed, graphs = torch.tensor(7), []
+    for n_rows, n_classes in ((6, 300), (17, 300), (33, 301), (2, 1000)):
+        x, y = batch(n_rows, n_classes)
+        assert_same(value_and_grad(compiled, x, y, seed), value_and_grad(run, x, y, seed))
+        graphs.append(compiler.frame_count)
+    assert graphs == graphs[:1] * 4, "compiled anew for another shape"
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["epsilon", "scale"])
+def test_compile_with_a_schedule(compiler, backend, name):
+    """A float that changes between calls becomes symbolic in the second one; checks must not break the graph then."""
+
+    def run(x, y, seed, value):
+        more = {"epsilon": 1.0, "scale": 1.0} | {name: value}
+        return imbal_noised_topk_loss(x, y, K, MARGINS, seed=seed, backend=backend, **more)
+
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
+    x, y = batch()
+    for value in (1.0, 0.5, 0.25):
+        assert_same(compiled(x, y, torch.tensor(1), value), run(x, y, torch.tensor(1), value))
+
+
+@every_backend
+def test_compile_with_a_marked_batch_dimension(compiler, backend):
+    def run(x, y, seed):
+        return bal_noised_topk_loss(x, y, K, seed=seed, backend=backend) + noised_topk(x, K, seed=seed).sum()
+
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
+    for n_rows in (5, 9, 64):
+        x, y = batch(n_rows)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(y, 0)
+        assert_same(compiled(x, y, torch.tensor(1)), run(x, y, torch.tensor(1)))
+    assert compiler.frame_count == 1
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler on CPU")
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_inductor(backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+
+    def run(x, y, seed):
+        return imbal_noised_topk_loss(x.relu() * 1.5, y, K, MARGINS, 0.5, seed=seed, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True)
+    x, y = batch()
+    for seed in (torch.tensor(1), torch.tensor(-2)):
+        torch.testing.assert_close(value_and_grad(compiled, x, y, seed), value_and_grad(run, x, y, seed))
+    torch._dynamo.reset()
+
+
+@every_loss
+def test_meta_scores_give_meta_losses(name):
+    x, y = (
+        torch.empty(N, L, device="meta", dtype=torch.bfloat16, requires_grad=True),
+        torch.empty(N, device="meta").long(),
+    )
+    margins = MARGINS.to("meta")
+    out = bal_noised_topk_loss(x, y, K) if name == "balanced" else imbal_noised_topk_loss(x, y, K, margins, 1.0)
+    assert (out.device.type, out.dtype, out.shape) == ("meta", torch.float32, ())
+    out.backward()
+    assert (x.grad.device.type, x.grad.dtype, x.grad.shape) == ("meta", torch.bfloat16, (N, L))
+    assert noised_topk(torch.empty(2, 3, 4, device="meta"), 1, dim=1).shape == (2, 4)
+
+
+# Autograd
+
+
+@every_loss
+@every_backend
+def test_autocast_takes_logits_as_the_linear_layer_makes_them(name, backend):
+    torch.manual_seed(0)
+    layer, features = nn.Linear(16, L), randn(N, 16)
+    y = batch()[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(features)
+        loss = FUNCTIONS[name](logits, y, seed=1, backend=backend)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert_same(loss, FUNCTIONS[name](logits.float(), y, seed=1, backend=backend))
+    loss.backward()
+    _, grad = value_and_grad(lambda x: FUNCTIONS[name](x, y, seed=1, backend=backend), logits)
+    assert grad.dtype == torch.bfloat16
+    expected = (grad.t() @ features.to(torch.bfloat16)).float()
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=2**-7, atol=2**-9)  # one bfloat16 rounding of a sum
+
+
+@every_function
+@every_backend
+def test_func_grad(name, backend):
+    x, y = batch()
+    run = lambda x: FUNCTIONS[name](x, y, seed=2, backend=backend)  # noqa: E731
+    assert_same(torch.func.grad(run)(x), value_and_grad(run, x)[1])
+    grad, value = torch.func.grad_and_value(run)(x)
+    assert_same((value, grad), value_and_grad(run, x))
+    _, pullback = torch.func.vjp(run, x)
+    assert_same(pullback(torch.tensor(1.0))[0], value_and_grad(run, x)[1])
+
+
+@every_backend
+def test_functional_call(backend):
+    torch.manual_seed(0)
+    layer, features, y = nn.Linear(16, L), randn(N, 16), batch()[1]
+    criterion = BalNoisedTopK(K, 1.0, seed=3, backend=backend)
+
+    def run(parameters):
+        return criterion(torch.func.functional_call(layer, parameters, (features,)), y)
+
+    grads = torch.func.grad(run)(dict(layer.named_parameters()))
+    criterion(layer(features), y).backward()
+    assert_same(grads, {key: p.grad for key, p in layer.named_parameters()})
+
+
+@every_function
+@every_backend
+def test_deterministic_algorithms(name, backend):
+    x, y = batch()
+    y[0] = y[1]
+    run = lambda x: FUNCTIONS[name](x, y, seed=2, n_sample=9, backend=backend)  # noqa: E731
+    expected = value_and_grad(run, x)
+    torch.use_deterministic_algorithms(True)  # it fills torch.empty with NaN as well
+    try:
+        for _ in range(3):
+            assert_same(value_and_grad(run, x), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every_function
+@every_backend
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_checkpoint_draws_the_same_noise_again(name, backend, reentrant):
+    x, y = batch()
+    run = lambda x: FUNCTIONS[name](x * 2, y, backend=backend)  # noqa: E731
+    torch.manual_seed(5)
+    expected = value_and_grad(run, x)
+    torch.manual_seed(5)
+    given = value_and_grad(lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=reentrant), x)
+    assert_same(given, expected)
+
+
+@every_function
+@every_backend
+@pytest.mark.parametrize("n_sample", [1, 5, 33])
+def test_autograd_saves_no_matrix(name, backend, n_sample):
+    """At most the class ids, the results and the labels: 8 (B + 2) bytes a row, whatever L and k are."""
+    n_rows, n_classes, storages = 10, 5000, {}
+    x, y = batch(n_rows, n_classes)
+    x.requires_grad_()
+    margins = torch.ones(n_classes)
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    more = dict(n_sample=n_sample, seed=1, backend=backend)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        if name == "value":
+            noised_topk(x, 100, **more).sum()
+        elif name == "balanced":
+            bal_noised_topk_loss(x, y, 100, **more)
+        else:
+            imbal_noised_topk_loss(x, y, 100, margins, 0.5, **more)
+    assert sum(storages.values()) <= 8 * n_rows * (n_sample + 2) + 64
+
+
+@every_function
+@every_backend
+def test_the_graph_does_not_hold_the_logits(name, backend):
+    leaf, y = batch()
+    logits = leaf.requires_grad_() + 1.0
+    alive = weakref.ref(logits)
+    out = FUNCTIONS[name](logits, y, seed=1, backend=backend)
+    del logits
+    gc.collect()
+    assert alive() is None
+    out.backward()
+
+
+@every_function
+@every_backend
+def test_backward_twice(name, backend):
+    x, y = batch()
+    x.requires_grad_()
+    out = FUNCTIONS[name](x, y, seed=1, backend=backend)
+    (first,) = torch.autograd.grad(out, x, retain_graph=True)
+    (second,) = torch.autograd.grad(out, x)
+    assert_same(second, first)
+
+
+@every_function
+@every_backend
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradient(name, backend, mode):
+    x, y = batch()
+    expected = value_and_grad(FUNCTIONS[name], x, y, seed=1, backend=backend)[0]
+    with mode():
+        out = FUNCTIONS[name](x.requires_grad_(), y, seed=1, backend=backend)
+        drawn = FUNCTIONS[name](x, y, backend=backend)
+    assert not out.requires_grad and not drawn.requires_grad
+    assert_same(out.clone(), expected)
+
+
+@every_backend
+def test_candidates_have_no_gradient(backend):
+    values, classes = noised_topk_candidates(batch()[0].requires_grad_(), K, backend=backend)
+    assert not values.requires_grad and not classes.requires_grad
+
+
+def test_inputs_stay_as_they_are():
+    x, y = batch()
+    before, version = x.clone(), (x._version, y._version)
+    for backend in BACKENDS:
+        for function in FUNCTIONS.values():
+            value_and_grad(function, x, y, backend=backend)
+    assert_same(x, before)
+    assert version == (x._version, y._version)
+
+
+# Processes and copies
+
+
+def _train_one_step(rank, world, backend, store, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(8, L))
+    features, y = randn(N, 8, seed=rank), batch(seed=rank)[1]
+    BalNoisedTopK(K, 1.0, seed=10 + rank, backend=backend)(model(features), y).backward()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()], out)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+def test_ddp_averages_the_gradients(tmp_path):
+    backend, out = BACKENDS[0], tmp_path / "gradients.pt"
+    torch.multiprocessing.spawn(_train_one_step, (2, backend, tmp_path / "store", out), nprocs=2)
+    torch.manual_seed(0)
+    model = nn.Linear(8, L)
+    for rank in range(2):
+        features, y = randn(N, 8, seed=rank), batch(seed=rank)[1]
+        (BalNoisedTopK(K, 1.0, seed=10 + rank, backend=backend)(model(features), y) / 2).backward()
+    torch.testing.assert_close(torch.load(out), [p.grad for p in model.parameters()])
+
+
+MODULES = {
+    "value": lambda **more: NoisedTopK(3, 0.7, 6, 0, **more),
+    "balanced": lambda **more: BalNoisedTopK(3, 0.7, 6, reduction="sum", ignore_index=1, **more),
+    "imbalanced": lambda **more: ImbalNoisedTopK(
+        3, 0.7, 0.3, range(1, L + 1), 20, 6, reduction="sum", ignore_index=1, **more
+    ),
+}
+
+
+def call(module, x, y):
+    return module(x) if isinstance(module, NoisedTopK) else module(x, y)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("source", [dict(seed=4), dict(seed=torch.tensor(-4)), {}], ids=["int", "tensor", "drawn"])
+def test_copies_of_modules(name, duplicate, source):
+    module = MODULES[name](**source)
+    twin = duplicate(module)
+    x, y = batch()
+    torch.manual_seed(0)
+    expected = call(module, x, y)
+    torch.manual_seed(0)
+    assert_same(call(twin, x, y), expected)
+    assert repr(twin) == repr(module) and twin.state_dict().keys() == module.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_copies_of_generators_go_on_where_they_stood(name):
+    module = MODULES[name](generator=torch.Generator().manual_seed(1))
+    x, y = batch()
+    call(module, x, y)
+    twin = copy.deepcopy(module)
+    assert_same(call(twin, x, y), call(module, x, y))
+
+
+def test_margins_travel_with_the_module(tmp_path):
+    module = MODULES["imbalanced"](seed=1)
+    assert list(module.state_dict()) == ["m_list"]
+    other = ImbalNoisedTopK(3, 0.7, 0.9, [7] * L, 20, 6, reduction="sum", ignore_index=1, seed=1)
+    other.load_state_dict(module.state_dict())
+    x, y = batch()
+    assert_same(other(x, y), module(x, y))
+    assert module.double()(x.double(), y).dtype == torch.float64
+    assert module.to(torch.bfloat16)(x.to(torch.bfloat16), y).dtype == torch.float32
+
+
+# Where the noise comes from
+
+
+@pytest.mark.parametrize("name", MODULES)
+@every_backend
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_manual_seed_makes_calls_reproducible(name, backend, training):
+    module = MODULES[name](backend=backend).train(training)
+    x, y = batch()
+    torch.manual_seed(3)
+    first = [call(module, x, y) for _ in range(3)]
+    torch.manual_seed(3)
+    again = [call(module, x, y) for _ in range(3)]
+    assert_same(again, first)
+    assert len({out.sum().item() for out in first}) == 3, "fresh noise in every call, in eval mode too"
+
+
+@pytest.mark.parametrize("name", MODULES)
+@every_backend
+def test_a_generator_is_the_only_source(name, backend):
+    generator = torch.Generator().manual_seed(3)
+    module = MODULES[name](backend=backend, generator=generator)
+    x, y = batch()
+    before = torch.get_rng_state()
+    first = [call(module, x, y) for _ in range(3)]
+    assert torch.equal(torch.get_rng_state(), before)
+    generator.manual_seed(3)
+    torch.manual_seed(99)
+    assert_same([call(module, x, y) for _ in range(3)], first)
+    assert len({out.sum().item() for out in first}) == 3
+
+
+@every_function
+def test_a_fixed_seed_leaves_the_default_generator_alone(name):
+    x, y = batch()
+    before = torch.get_rng_state()
+    FUNCTIONS[name](x, y, seed=1)
+    FUNCTIONS[name](x, y, seed=torch.tensor(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_have_their_own_noise():
+    tops = noised_topk(torch.zeros(1000, 50), 1, n_sample=1, seed=0)
+    assert len(tops.unique()) > 990
+
+
+# Shapes, reductions, edges: as torch.nn.functional.cross_entropy where it knows them
+
+
+SHAPES = [(N, L), (1, L), (0, L), (L,), (2, L, 3), (2, L, 3, 4), (2, L, 0), (0, L, 3)]
+
+
+@every_loss
+@every_backend
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_shapes_are_those_of_cross_entropy(name, backend, shape, reduction):
+    x = randn(*shape).requires_grad_()
+    y = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
+    out = FUNCTIONS[name](x, y, seed=1, reduction=reduction, backend=backend)
+    expected = F.cross_entropy(x, y, reduction=reduction)
+    assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
+    assert torch.equal(out.isnan(), expected.isnan()), "the mean over no rows is NaN"
+    if not y.numel() and reduction == "sum":
+        assert out == 0
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@every_loss
+@every_backend
+def test_more_dimensions_equal_the_flattened_call(name, backend):
+    x = randn(2, L, 3, 4)
+    y = torch.arange(24).view(2, 3, 4)
+    run = lambda x, y: FUNCTIONS[name](x, y, seed=1, reduction="none", backend=backend)  # noqa: E731
+    losses, grad = value_and_grad(run, x, y)
+    flat_losses, flat_grad = value_and_grad(run, x.movedim(1, -1).reshape(-1, L), y.flatten())
+    assert_same(losses.flatten(), flat_losses)
+    assert_same(grad.movedim(1, -1).reshape(-1, L), flat_grad)
+
+
+@every_loss
+@every_backend
+def test_unbatched_equals_a_batch_of_one(name, backend):
+    x, y = batch(1)
+    run = lambda x, y: FUNCTIONS[name](x, y, seed=1, backend=backend)  # noqa: E731
+    value, grad = value_and_grad(run, x[0], y[0])
+    batched, batched_grad = value_and_grad(run, x, y)
+    assert_same((value, grad), (batched, batched_grad[0]))
+
+
+@every_backend
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2, -3])
+def test_values_along_any_dimension(backend, dim):
+    x = randn(4, 5, 6)
+    value, grad = value_and_grad(noised_topk, x, 3, 1.0, 5, dim, seed=1, backend=backend)
+    rows = x.movedim(dim, -1)
+    flat, flat_grad = value_and_grad(noised_topk, rows.reshape(-1, rows.shape[-1]), 3, seed=1, backend=backend)
+    assert_same(value.flatten(), flat)
+    assert_same(grad.movedim(dim, -1).reshape(flat_grad.shape), flat_grad)
+    assert value.shape == x.amax(dim).shape
+
+
+@every_backend
+def test_values_of_vectors_and_empty_batches(backend):
+    x = randn(9)
+    assert_same(noised_topk(x, 9, 0.0, 1, backend=backend), x.amin())
+    assert noised_topk(x[None, :0], 1, dim=0, backend=backend).shape == (0,)
+    value, grad = value_and_grad(noised_topk, torch.empty(0, 9), 2, backend=backend)
+    assert value.shape == (0,) and grad.shape == (0, 9)
+
+
+@every_loss
+@every_backend
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 7, L + 5])
+def test_ignored_rows(name, backend, ignore_index):
+    """They have no loss and no gradient, count in no mean, and change no other row's noise."""
+    x, y = batch(8)
+    y.masked_fill_(y == ignore_index, 1)
+    common = dict(seed=1, backend=backend, ignore_index=ignore_index)
+    kept = torch.tensor([True, False, True, True, False, True, True, True])
+    ignored = y.masked_fill(~kept, ignore_index)
+    x[1] = NAN
+    run = lambda x, y: FUNCTIONS[name](x, y, reduction="none", **common)  # noqa: E731
+    whole, whole_grad = value_and_grad(run, x, y)
+    losses, grad = value_and_grad(run, x, ignored)
+    assert_same(losses, whole.where(kept, torch.zeros(8)))
+    assert_same(grad, whole_grad.where(kept[:, None], torch.zeros(8, L)))
+    assert_same(FUNCTIONS[name](x, ignored, reduction="sum", **common), losses.sum())
+    assert_same(FUNCTIONS[name](x, ignored, **common), losses.sum() / 6)
+
+
+@every_loss
+@every_backend
+def test_all_rows_ignored(name, backend):
+    x, y = batch()
+    y.fill_(-100)
+    for reduction in ("mean", "sum", "none"):
+        more = dict(seed=1, reduction=reduction, backend=backend)
+        value, grad = value_and_grad(FUNCTIONS[name], x, y, **more)
+        expected = F.cross_entropy(x, y, reduction=reduction)
+        assert_same(value, expected)
+        assert (grad == 0).all()
+
+
+@every_loss
+@every_backend
+def test_mean_and_sum_are_torch_reductions_of_none(name, backend):
+    x, y = batch(50)
+    losses = FUNCTIONS[name](x, y, seed=1, reduction="none", backend=backend)
+    assert_same(FUNCTIONS[name](x, y, seed=1, reduction="sum", backend=backend), losses.sum())
+    assert_same(FUNCTIONS[name](x, y, seed=1, backend=backend), losses.sum() / 50)
+
+
+@every_backend
+@pytest.mark.parametrize("n_classes", [2, 3, 33, 200])
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_largest_k(backend, n_rows, n_classes):
+    """k = L - 1: the hinge compares with the smallest noised score, here by hand where there is no noise."""
+    x, y = batch(n_rows, n_classes)
+    losses = bal_noised_topk_loss(x, y, n_classes - 1, 0.0, 1, reduction="none", backend=backend)
+    expected = ((1 + x.amin(1)) - x.gather(1, y[:, None])[:, 0]).relu()
+    assert_same(losses, expected)
+    assert_same(noised_topk(x, n_classes, 0.0, 1, backend=backend), x.amin(1))
+    noisy, grad = value_and_grad(bal_noised_topk_loss, x, y, n_classes - 1, seed=1, backend=backend)
+    assert noisy.isfinite() and grad.isfinite().all()
+
+
+@every_loss
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nan_is_never_hidden(name, backend, dtype, reduction):
+    """Not by the hinge, not by a target of the largest score, not by a reduction, wherever in the row it stands."""
+    for at in (0, 1, 150, L - 1):
+        x, y = batch(2)
+        x, y = x.to(dtype), torch.tensor([5, 5])
+        x[0, 5], x[0, at] = 1e4, NAN
+        value, grad = value_and_grad(FUNCTIONS[name], x, y, seed=1, reduction=reduction, backend=backend)
+        assert value.isnan().all() if reduction != "none" else value.isnan().tolist() == [True, False]
+        assert grad[0].isnan().all() and not grad[1].isnan().any()
+
+
+@every_loss
+@every_backend
+def test_nan_of_the_gradient_passes(name, backend):
+    x, y = batch(2)
+    x[:, :] = 0.0  # the hinge is open
+    x.requires_grad_()
+    out = FUNCTIONS[name](x, y, seed=1, reduction="none", backend=backend)
+    out.backward(torch.tensor([NAN, 1.0]))
+    assert x.grad[0].isnan().any() and not x.grad[1].isnan().any()
+
+
+@every_backend
+def test_masked_classes_take_no_part(backend):
+    """-inf masks: the same loss as without these classes' columns, where there is no noise; no gradient there ever."""
+    x, y = batch(8, 200)
+    y %= 100
+    masked = x.clone()
+    masked[:, 100:] = -INF
+    expected = bal_noised_topk_loss(x[:, :100], y, K, 0.0, backend=backend)
+    assert_same(bal_noised_topk_loss(masked, y, K, 0.0, backend=backend), expected)
+    for sampler in ("thinned", "dense"):
+        _, grad = value_and_grad(bal_noised_topk_loss, masked, y, K, seed=1, sampler=sampler, backend=backend)
+        assert grad.isfinite().all() and (grad[:, 100:] == 0).all()
