@@ -312,16 +312,14 @@ def _loss(
     flat = input if input.dim() == 2 else _flatten(input.movedim(class_dim, -1))
     labels = target if target.dim() == 1 else target.reshape(-1)
     try:
-        losses, n_valid = ops.loss(
-            flat, labels, margins, seed, k + 1, epsilon, n_sample, scale, ignore_index, dense, backend=backend
-        )
+        losses = ops.loss(
+            flat, labels, margins, seed, k + 1, epsilon, n_sample, scale, ignore_index, dense,
+            reduction=reduction, backend=backend,
+        )  # fmt: skip
     except RuntimeError:
         _check_labels(labels, n_classes, ignore_index)  # the kernels stop at a bad label but cannot name it
         raise
-    if reduction == "none":
-        return losses.view(target.shape)
-    total = losses.sum()
-    return total if reduction == "sum" else total / n_valid
+    return losses.view(target.shape) if reduction == "none" else losses
 
 
 def _flatten(rows: Tensor) -> Tensor:

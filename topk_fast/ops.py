@@ -108,14 +108,6 @@ def suffix(backend: str, device: torch.device) -> str:
     raise RuntimeError(f"backend {backend!r} is not available: {_REMEDY[backend]}")
 
 
-def _apply(function, *args):
-    """``function.apply`` without its binding of default arguments, which costs as much as the forward of a small
-    batch; torch.compile and torch.func need the full one."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(Function, function).apply(*args)
-
-
 class _Gradient(Function):
     """The gradient of a result, itself differentiable in ``grad``: it is linear there and constant in the scores."""
 
@@ -142,50 +134,64 @@ class _Gradient(Function):
         return total, None, None, None, None, None, None, None
 
 
-def _gradient(grad, result, classes, target, scale, scores_shape, dtype, suffix):
-    args = (grad.to(result.dtype), result, classes, target, scale, scores_shape[1], dtype)
-    if torch.is_grad_enabled():
-        return _apply(_Gradient, *args, suffix)
-    return _OPS[suffix]["gradient"](*args)
+def _reduce(losses, n_valid, reduction):
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / n_valid
 
 
-class _Smoothed(Function):
+class _Search(Function):
+    """Scores to smoothed values or, with a target, to losses and their reduction; keeps the class ids alone.
+
+    A reduction inside saves the graph two nodes, which cost small batches as much as the search.
+    """
+
     @staticmethod
-    def forward(scores, seed, k, epsilon, n_sample, dense, suffix):
-        return _OPS[suffix]["smoothed"](scores, seed, k, epsilon, n_sample, dense)
+    def _run(op_args, reduction, suffix):
+        if reduction is None:
+            result, classes = _OPS[suffix]["smoothed"](*op_args)
+            return result, result, classes, None
+        result, classes, n_valid = _OPS[suffix]["loss"](*op_args)
+        return _reduce(result, n_valid, reduction), result, classes, n_valid
+
+    @staticmethod
+    def _keep(ctx, inputs, result, classes, n_valid):
+        scores, target, scale, reduction, suffix, _ = inputs
+        ctx.save_for_backward(result, classes, target, n_valid if reduction == "mean" else None)
+        ctx.scale, ctx.reduction, ctx.suffix = scale, reduction, suffix
+        ctx.n_classes, ctx.dtype = scores.shape[1], scores.dtype
+
+    @staticmethod
+    def forward(ctx, scores, target, scale, reduction, suffix, op_args):
+        out, *kept = _Search._run((scores, *op_args), reduction, suffix)
+        _Search._keep(ctx, (scores, target, scale, reduction, suffix, None), *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        result, classes, target, n_valid = ctx.saved_tensors
+        if n_valid is not None:
+            grad = grad / n_valid
+        grad = grad.expand(result.shape).to(result.dtype)
+        args = (grad, result, classes, target, ctx.scale, ctx.n_classes, ctx.dtype)
+        if torch.is_grad_enabled():
+            grad = _Gradient.apply(*args, ctx.suffix)
+        else:
+            grad = _OPS[ctx.suffix]["gradient"](*args)
+        return grad, None, None, None, None, None
+
+
+class _TransformedSearch(_Search):
+    """For torch.func, which wants what the backward needs among the outputs; twice the cost of a call."""
+
+    @staticmethod
+    def forward(scores, target, scale, reduction, suffix, op_args):
+        return _Search._run((scores, *op_args), reduction, suffix)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        scores, ctx.suffix = inputs[0], inputs[-1]
-        ctx.shape, ctx.dtype = scores.shape, scores.dtype
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*output)
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        top, classes = ctx.saved_tensors
-        grad = _gradient(grad, top, classes, None, 1.0, ctx.shape, ctx.dtype, ctx.suffix)
-        return grad, None, None, None, None, None, None
-
-
-class _Loss(Function):
-    @staticmethod
-    def forward(scores, target, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense, suffix):
-        op = _OPS[suffix]["loss"]
-        return op(scores, target, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        scores, target, ctx.scale, ctx.suffix = inputs[0], inputs[1], inputs[7], inputs[-1]
-        ctx.shape, ctx.dtype = scores.shape, scores.dtype
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[:2], target)
-
-    @staticmethod
-    def backward(ctx, grad, _, __):
-        losses, classes, target = ctx.saved_tensors
-        grad = _gradient(grad, losses, classes, target, ctx.scale, ctx.shape, ctx.dtype, ctx.suffix)
-        return grad, None, None, None, None, None, None, None, None, None, None
+        ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
+        _Search._keep(ctx, inputs, *output[1:])
 
 
 def candidates(scores: Tensor, *args, backend: str) -> tuple[Tensor, Tensor]:
@@ -195,10 +201,19 @@ def candidates(scores: Tensor, *args, backend: str) -> tuple[Tensor, Tensor]:
 
 def smoothed(scores: Tensor, *args, backend: str) -> Tensor:
     """Differentiable smoothed k-th largest value [N]; arguments as in the op's schema."""
-    return _apply(_Smoothed, scores, *args, suffix(backend, scores.device))[0]
+    return _search(scores, None, 1.0, None, suffix(backend, scores.device), args)
 
 
-def loss(scores: Tensor, *args, backend: str) -> tuple[Tensor, Tensor]:
-    """Differentiable losses [N] and the number of rows that are not ignored; arguments as in the op's schema."""
-    losses, _, n_valid = _apply(_Loss, scores, *args, suffix(backend, scores.device))
-    return losses, n_valid
+def loss(
+    scores: Tensor, target: Tensor, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense, *,
+    reduction: str, backend: str,
+) -> Tensor:  # fmt: skip
+    """Differentiable loss, [N] or reduced; arguments as in the op's schema."""
+    args = (target, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense)
+    return _search(scores, target, scale, reduction, suffix(backend, scores.device), args)
+
+
+def _search(*args):
+    if torch._C._are_functorch_transforms_active():
+        return _TransformedSearch.apply(*args)[0]
+    return _Search.apply(*args)
