@@ -30,11 +30,11 @@ static inline float widen(Half x) { return widen_half(x.bits); }
 // Totally ordered integer keys of floats, for the last steps of a bisection.
 static inline float key_middle(float lo, float hi) {
   const auto key = [](float x) {
-    const uint32_t b = float_bits(x);
+    const uint32_t b = (uint32_t)Scalar::as_int(x);
     return (int64_t)(int32_t)(b & 0x80000000u ? 0x80000000u - b : b);
   };
   const int64_t mid = key(lo) + (key(hi) - key(lo)) / 2;
-  return bits_float(mid < 0 ? 0x80000000u - (uint32_t)mid : (uint32_t)mid);
+  return Scalar::as_float((int32_t)(mid < 0 ? 0x80000000u - (uint32_t)mid : (uint32_t)mid));
 }
 static inline double key_middle(double lo, double hi) {
   const auto key = [](double x) {
@@ -69,25 +69,30 @@ static S rank_select(const S* x, int n, int rank, S guess) {
     }
     return -V::largest(-least);
   };
-  typename V::type top = V::all(-inf);
-  for (int i = 0; i < n; i += V::n) top = V::larger(V::load(x + i), top);
-  S hi = V::largest(top), lo = least_from(sizeof(S) == 4 ? (S)-3.40282347e+38 : (S)-1.7976931348623157e+308);
-  int reach_lo = count(lo), reach_hi = count(hi);
-  if (reach_hi >= rank) return hi;
-  if (lo == inf || reach_lo < rank) return -inf;
-  if (hi == inf) {
-    hi = sizeof(S) == 4 ? (S)3.40282347e+38 : (S)1.7976931348623157e+308;
-    reach_hi = count(hi);
-    if (reach_hi >= rank) return hi;
+  typename V::type top = V::all(-inf), bottom = V::all(inf);
+  typename V::mask finite = {};
+  for (int i = 0; i < n; i += V::n) {
+    const typename V::type v = V::load(x + i);
+    top = V::larger(v, top);
+    bottom = V::smaller(v > -inf ? v : V::all(inf), bottom);
+    finite += v > -inf;
   }
-  // From here on reach_lo >= rank > reach_hi. Halves of floats shrink a range of many magnitudes slowly: after 16
-  // bounds those of the floats' ordered bits take over, at most 64 of them.
+  S lo = -V::largest(-bottom), hi = V::largest(top);
+  int reach_lo = V::count(finite), reach_hi = 0;  // hi itself is known to be an upper end, not how many reach it
+  if (reach_lo < rank) return -inf;
+  if (lo == hi) return hi;
+  if (hi == inf) {
+    if (count(inf) >= rank) return inf;
+    hi = sizeof(S) == 4 ? (S)3.40282347e+38 : (S)1.7976931348623157e+308;
+  }
+  // From here on reach_lo >= rank, and reach_hi < rank or hi is the answer. Halves of floats shrink a range of many
+  // magnitudes slowly: after 16 bounds those of the floats' ordered bits take over, at most 64 of them.
   for (int step = 0;; ++step) {
     S bound = guess;
     if (step > 0) bound = lo + (hi - lo) * (((S)(reach_lo - rank) + (S)0.5) / (S)(reach_lo - reach_hi));
     if (step % 3 == 2 || !(bound > lo && bound < hi)) bound = lo * (S)0.5 + hi * (S)0.5;
     if (step >= 16 || !(bound > lo && bound < hi)) bound = key_middle(lo, hi);
-    if (!(bound > lo && bound < hi)) return lo;
+    if (!(bound > lo && bound < hi)) return count(hi) >= rank ? hi : lo;
     const int reach = count(bound);
     if (reach == rank) return least_from(bound);
     if (reach < rank) {

@@ -66,14 +66,17 @@ PYBIND11_MODULE(_C, m) {
     const Words w = philox(c0, c1, c2, c3, k0, k1);
     return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
   });
-  m.def("normal",
-        [](const Array<uint32_t>& w) { return map<uint32_t, float>(w, [](uint32_t x) { return normal(x); }); });
-  m.def("gap", [](const Array<uint32_t>& w) { return map<uint32_t, int32_t>(w, [](uint32_t x) { return gap(x); }); });
-  m.def("ln", [](const Array<float>& x) { return map<float, float>(x, [](float v) { return ln(v); }); });
+  m.def("normal", [](const Array<uint32_t>& w) {
+    return map<uint32_t, float>(w, [](uint32_t x) { return normal<Scalar>((int32_t)x); });
+  });
+  m.def("gap", [](const Array<uint32_t>& w) {
+    return map<uint32_t, int32_t>(w, [](uint32_t x) { return gap<Scalar>((int32_t)x); });
+  });
+  m.def("ln", [](const Array<float>& x) { return map<float, float>(x, [](float v) { return ln<Scalar>(v); }); });
   m.def("upper_quantile",
-        [](const Array<float>& p) { return map<float, float>(p, [](float v) { return upper_quantile(v); }); });
+        [](const Array<float>& p) { return map<float, float>(p, [](float v) { return upper_quantile<Scalar>(v); }); });
   m.def("hazard_quantile",
-        [](const Array<float>& e) { return map<float, float>(e, [](float v) { return hazard_quantile(v); }); });
+        [](const Array<float>& e) { return map<float, float>(e, [](float v) { return hazard_quantile<Scalar>(v); }); });
   m.def("plan", [](int64_t n_classes, int64_t k) -> py::object {
     const Plan p = plan(n_classes, k);
     if (p.all) return py::none();

@@ -4,8 +4,7 @@
 // every one of them bit for bit. Host and device code, no torch headers.
 //
 // Bits are equal on every backend because each float32 operation below is exactly rounded and done once, in the
-// order written: compile with -ffp-contract=off (g++) or --fmad=false (nvcc), never with fast-math. Selections
-// are ternaries on values that are computed on both sides, so that plain loops over these functions vectorise.
+// order written: compile with -ffp-contract=off (g++) or --fmad=false (nvcc), never with fast-math.
 #pragma once
 
 #include <stdint.h>
@@ -13,8 +12,10 @@
 
 #if defined(__CUDACC__)
 #define TOPK_FAST_FN __host__ __device__ static __forceinline__
+#define TOPK_FAST_MEMBER __host__ __device__ __forceinline__ static
 #else
 #define TOPK_FAST_FN static inline __attribute__((always_inline))
+#define TOPK_FAST_MEMBER __attribute__((always_inline)) static inline
 #endif
 
 namespace topk_fast {
@@ -31,17 +32,27 @@ struct Plan {
   int32_t rank;        // the cut is the rank-th largest maximum of those groups
 };
 
-TOPK_FAST_FN uint32_t float_bits(float x) {
-  uint32_t b;
-  memcpy(&b, &x, 4);
-  return b;
-}
-
-TOPK_FAST_FN float bits_float(uint32_t b) {
-  float x;
-  memcpy(&x, &b, 4);
-  return x;
-}
+// The functions below are written once for single values and for vectors: `O` names the float and int32 types and
+// the steps that C++ writes differently for the two.
+struct Scalar {
+  using F = float;
+  using I = int32_t;
+  TOPK_FAST_MEMBER I as_int(F x) {
+    I b;
+    memcpy(&b, &x, 4);
+    return b;
+  }
+  TOPK_FAST_MEMBER F as_float(I b) {
+    F x;
+    memcpy(&x, &b, 4);
+    return x;
+  }
+  TOPK_FAST_MEMBER F convert(I i) { return (F)i; }
+  TOPK_FAST_MEMBER I truncate(F x) { return (I)x; }
+  TOPK_FAST_MEMBER I shift_left(I i, int by) { return (I)((uint32_t)i << by); }
+  TOPK_FAST_MEMBER F root(F x) { return __builtin_sqrtf(x); }
+  TOPK_FAST_MEMBER bool any(bool b) { return b; }
+};
 
 // Philox4x32-10, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 TOPK_FAST_FN Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
@@ -62,88 +73,95 @@ TOPK_FAST_FN Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, ui
 }
 
 // ln x for positive normal x: x = 2^e m with m in [0.707, 1.414), ln m by its atanh series.
-TOPK_FAST_FN float ln(float x) {
-  const uint32_t b = float_bits(x);
-  const int32_t e = (int32_t)(b - 0x3f3504f3u) >> 23;
-  const float m = bits_float(b - ((uint32_t)e << 23));
-  const float s = (m - 1.0f) / (m + 1.0f);
-  const float t = s * s;
-  float p = 0.11111111f;
-  p = p * t + 0.14285715f;
+template <class O>
+TOPK_FAST_FN typename O::F ln(typename O::F x) {
+  const auto b = O::as_int(x);
+  const auto e = (b - 0x3f3504f3) >> 23;
+  const auto m = O::as_float(b - O::shift_left(e, 23));
+  const auto s = (m - 1.0f) / (m + 1.0f);
+  const auto t = s * s;
+  auto p = t * 0.11111111f + 0.14285715f;
   p = p * t + 0.2f;
   p = p * t + 0.33333334f;
   p = p * t + 1.0f;
-  return (float)e * 0.69314718f + (2.0f * s) * p;
+  return O::convert(e) * 0.69314718f + (2.0f * s) * p;
 }
 
 // The z >= 0 with 1 - Phi(z) = p, for 0 < p <= 1/2. Central part: Giles, "Approximating the erfinv function", 2012.
-TOPK_FAST_FN float upper_quantile(float p) {
-  const float y = -ln((4.0f * p) * (1.0f - p));
-  const float a = y - 2.5f;
-  float c = 2.81022636e-08f;
-  c = c * a + 3.43273939e-07f;
-  c = c * a + -3.5233877e-06f;
-  c = c * a + -4.39150654e-06f;
-  c = c * a + 0.00021858087f;
-  c = c * a + -0.00125372503f;
-  c = c * a + -0.00417768164f;
-  c = c * a + 0.246640727f;
-  c = c * a + 1.50140941f;
-  const float b = __builtin_sqrtf(y) - 3.0f;
-  float d = 2.11814277e-05f;
-  d = d * b + -0.000247470773f;
-  d = d * b + 0.00120883412f;
-  d = d * b + -0.00327648851f;
-  d = d * b + 0.00572421542f;
-  d = d * b + -0.00776328519f;
-  d = d * b + 0.00945140887f;
-  d = d * b + 1.00168824f;
-  d = d * b + 2.83297658f;
-  const float r = y < 5.0f ? c : d;
+// A polynomial that no lane asks for is left out.
+template <class O>
+TOPK_FAST_FN typename O::F upper_quantile(typename O::F p) {
+  const auto y = -ln<O>((4.0f * p) * (1.0f - p));
+  typename O::F central = p, tail = p;
+  if (O::any(y < 5.0f)) {
+    const auto a = y - 2.5f;
+    central = a * 2.81022636e-08f + 3.43273939e-07f;
+    central = central * a + -3.5233877e-06f;
+    central = central * a + -4.39150654e-06f;
+    central = central * a + 0.00021858087f;
+    central = central * a + -0.00125372503f;
+    central = central * a + -0.00417768164f;
+    central = central * a + 0.246640727f;
+    central = central * a + 1.50140941f;
+  }
+  if (O::any(y >= 5.0f)) {
+    const auto a = O::root(y) - 3.0f;
+    tail = a * 2.11814277e-05f + -0.000247470773f;
+    tail = tail * a + 0.00120883412f;
+    tail = tail * a + -0.00327648851f;
+    tail = tail * a + 0.00572421542f;
+    tail = tail * a + -0.00776328519f;
+    tail = tail * a + 0.00945140887f;
+    tail = tail * a + 1.00168824f;
+    tail = tail * a + 2.83297658f;
+  }
+  const typename O::F r = y < 5.0f ? central : tail;
   return 1.41421356f * (r * (1.0f - 2.0f * p));
 }
 
 // A standard normal draw from one word; small words are the upper tail, so it falls as the word grows.
-TOPK_FAST_FN float normal(uint32_t w) {
-  const uint32_t s = (uint32_t)((int32_t)w >> 31);
-  const uint32_t m = w ^ s;
-  const float p = ((float)(int32_t)m + 0.5f) * 2.3283064365386963e-10f;
-  return bits_float(float_bits(upper_quantile(p)) ^ (s & 0x80000000u));
+template <class O>
+TOPK_FAST_FN typename O::F normal(typename O::I w) {
+  const auto s = w >> 31;
+  const auto p = (O::convert(w ^ s) + 0.5f) * 2.3283064365386963e-10f;
+  return O::as_float(O::as_int(upper_quantile<O>(p)) ^ O::shift_left(s, 31));
 }
 
 // The z with -ln Phi(z) = e, for e >= 0: the level of the arrival at time e.
-TOPK_FAST_FN float hazard_quantile(float e) {
-  const float h = e < 0.5f ? e : 0.5f;
-  float s = 0.0013888889f;
-  s = s * h + -0.0083333338f;
+template <class O>
+TOPK_FAST_FN typename O::F hazard_quantile(typename O::F e) {
+  typename O::F h = e < 0.5f ? e : e * 0.0f + 0.5f;
+  auto s = h * 0.0013888889f + -0.0083333338f;
   s = s * h + 0.041666668f;
   s = s * h + -0.16666667f;
   s = s * h + 0.5f;
   s = s * h + -1.0f;
-  const float ps = -(s * h);
-  const float fe = e * -1.44269504f;
-  const float f = fe > -126.0f ? fe : -126.0f;
-  const int32_t i = (int32_t)(f - 0.5f);
-  const float g = (f - (float)i) * 0.69314718f;
-  float x = 0.0013888889f;
-  x = x * g + 0.0083333338f;
-  x = x * g + 0.041666668f;
-  x = x * g + 0.16666667f;
-  x = x * g + 0.5f;
-  x = x * g + 1.0f;
-  x = x * g + 1.0f;
-  const float ex = bits_float(float_bits(x) + ((uint32_t)i << 23));
-  const float p = e < 0.5f ? ps : 1.0f - ex;
-  const bool lower = p > 0.5f;
-  const float q = lower ? ex : p;
-  const float z = upper_quantile(q > 1.17549435e-38f ? q : 1.17549435e-38f);
-  return lower ? -z : z;
+  typename O::F p = -(s * h), exp = p;
+  if (O::any(e >= 0.5f)) {
+    const auto fe = e * -1.44269504f;
+    const typename O::F f = fe > -126.0f ? fe : fe * 0.0f - 126.0f;
+    const auto i = O::truncate(f - 0.5f);
+    const auto g = (f - O::convert(i)) * 0.69314718f;
+    auto x = g * 0.0013888889f + 0.0083333338f;
+    x = x * g + 0.041666668f;
+    x = x * g + 0.16666667f;
+    x = x * g + 0.5f;
+    x = x * g + 1.0f;
+    x = x * g + 1.0f;
+    exp = O::as_float(O::as_int(x) + O::shift_left(i, 23));
+    p = e < 0.5f ? p : 1.0f - exp;
+  }
+  typename O::F q = p > 0.5f ? exp : p;
+  q = q > 1.17549435e-38f ? q : q * 0.0f + 1.17549435e-38f;
+  const auto z = upper_quantile<O>(q);
+  return p > 0.5f ? -z : z;
 }
 
 // An Exp(1) gap between arrivals in units of 2^-24: integers, so that sums are exact in any order.
-TOPK_FAST_FN int32_t gap(uint32_t w) {
-  const float u = ((float)(int32_t)(w >> 1) + 0.5f) * 4.656612873077393e-10f;
-  return (int32_t)(-ln(u) * 16777216.0f);
+template <class O>
+TOPK_FAST_FN typename O::I gap(typename O::I w) {
+  const auto u = (O::convert((w >> 1) & 0x7fffffff) + 0.5f) * 4.656612873077393e-10f;
+  return O::truncate(-ln<O>(u) * 16777216.0f);
 }
 
 // Time of an arrival from the sum of its gaps; inverse_l = 1.0f / (float)L.

@@ -82,6 +82,38 @@ struct Vector {
   }
 };
 
+// noise.h's functions on vectors.
+struct Wide {
+  using F = Vector<float>::type;
+  using I = Vector<float>::mask;
+  static inline I as_int(F x) { return (I)x; }
+  static inline F as_float(I b) { return (F)b; }
+  static inline F convert(I i) { return __builtin_convertvector(i, F); }
+  static inline I truncate(F x) { return __builtin_convertvector(x, I); }
+  static inline I shift_left(I i, int by) { return i << by; }
+  static inline F root(F x) {
+#if defined(TOPK_FAST_AVX512)
+    return (F)_mm512_sqrt_ps((__m512)x);
+#elif defined(TOPK_FAST_AVX2)
+    return (F)_mm256_sqrt_ps((__m256)x);
+#else
+    for (int i = 0; i < Vector<float>::n; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+  }
+  static inline bool any(I m) {
+#if defined(TOPK_FAST_AVX512)
+    return _mm512_movepi32_mask((__m512i)m) != 0;
+#elif defined(TOPK_FAST_AVX2)
+    return _mm256_movemask_ps((__m256)m) != 0;
+#else
+    return (m[0] | m[1] | m[2] | m[3]) != 0;
+#endif
+  }
+  static F load(const float* x) { return Vector<float>::load(x); }
+  static I load(const uint32_t* x) { return Vector<float>::lanes((const int32_t*)x); }
+};
+
 #if defined(TOPK_FAST_AVX512)
 #define TOPK_FAST_COMPARE(x, bound, how) _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_##how##_UQ)
 #elif defined(TOPK_FAST_AVX2)
@@ -232,13 +264,13 @@ static inline void philox_block(const uint32_t* c0, uint32_t c1, const uint32_t*
 }
 
 // Widening to float32, exact for bfloat16 and half alike; integer steps, so a flush-to-zero mode changes nothing.
-static inline float widen_bfloat16(uint16_t h) { return bits_float((uint32_t)h << 16); }
+static inline float widen_bfloat16(uint16_t h) { return Scalar::as_float((int32_t)((uint32_t)h << 16)); }
 
 static inline float widen_half(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, body = h & 0x7fffu;
   const uint32_t normal = (body << 13) + (body >= 0x7c00u ? 0x70000000u : 0x38000000u);
-  const uint32_t small = float_bits((float)(int32_t)body * 5.9604644775390625e-08f);
-  return bits_float(sign | (body < 0x400u ? small : normal));
+  const uint32_t small = (uint32_t)Scalar::as_int((float)(int32_t)body * 5.9604644775390625e-08f);
+  return Scalar::as_float((int32_t)(sign | (body < 0x400u ? small : normal)));
 }
 
 }  // namespace TOPK_FAST_ISA

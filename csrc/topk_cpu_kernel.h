@@ -23,6 +23,11 @@ constexpr int kMaxima = 1024;   // `plan` looks at fewer groups than this
 constexpr int kPairs = 64;      // up to so many values are ranked by comparing all pairs
 constexpr int kGroup = 16;      // samples whose arrivals are walked side by side
 
+template <class V, class S>
+static inline void store(V v, S* x) {
+  memcpy(x, &v, sizeof v);
+}
+
 static inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
 // One row's samples [b0, b1) and their k best so far, best first, (-inf, -1) where there are fewer.
@@ -37,7 +42,7 @@ struct Row {
   int32_t* ids;     // [b1 - b0, width]
   uint32_t row = 0;
   int64_t b0 = 0, b1 = 0;
-  int arrivals = 16;        // a guess, from the row before, of how many a sample needs: moves cost, never results
+  float average = 16;       // number of arrivals walked for a sample, so far: moves cost, never results
   S cut = 0, last_cut = 0;  // of the row before: where the search for this row's begins
   int64_t contenders = 0;
   bool nan = false;
@@ -80,25 +85,28 @@ struct Row {
     int m = 0;
     for (int i = 0; i < n; i += kLanes)
       m += append(x + i, tile_ids + i, hits_at_least(x + i, bound), best + m, best_ids + m);
-    if (contenders || m > kPairs) {
+    if (contenders || m > kLanes) {
       for (int i = 0; i < m; ++i) insert(v, c, (int)p.k, best[i], best_ids[i], true);
       return;
     }
-    // The list is empty: each goes where its rank says. Ids ascend, so the earlier of two equal ones comes first.
-    alignas(64) typename V::lane number[kPairs], rank[kPairs];
-    alignas(64) S sorted[kPairs];
-    alignas(64) int32_t sorted_ids[kPairs];
-    for (int i = 0; i < kPairs; ++i) number[i] = i;
-    for (int i = 0; i < m; i += V::n) {
+    // The list is empty: each goes where its rank says, in loops of fixed length, for a mispredicted end of a short
+    // one costs more than all of it. Ids ascend, so the earlier of two equal ones comes first.
+    for (int i = 0; i < kLanes; ++i) best[i] = i < m ? best[i] : -inf;
+    alignas(64) typename V::lane number[kLanes], rank[kLanes];
+    alignas(64) S sorted[kLanes];
+    alignas(64) int32_t sorted_ids[kLanes];
+    for (int i = 0; i < kLanes; ++i) number[i] = i;
+    for (int i = 0; i < kLanes; i += V::n) {
       const typename V::type mine = V::load(best + i);
       const typename V::mask place = V::lanes(number + i);
       typename V::mask before = {};
-      for (int j = 0; j < m; ++j) before -= (best[j] > mine) | ((best[j] == mine) & (place > j));
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) before -= (best[j] > mine) | ((best[j] == mine) & (place > j));
       memcpy(rank + i, &before, sizeof before);
     }
-    for (int i = 0; i < m; ++i) sorted[rank[i]] = best[i], sorted_ids[rank[i]] = best_ids[i];
-    const int kept = m < p.k ? m : (int)p.k;
-    for (int i = 0; i < kept; ++i) v[i] = sorted[i], c[i] = sorted[i] > -inf ? sorted_ids[i] : -1;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) sorted[rank[i]] = best[i], sorted_ids[rank[i]] = best_ids[i];
+    for (int i = 0; i < p.k && i < kLanes; ++i) v[i] = sorted[i], c[i] = sorted[i] > -inf ? sorted_ids[i] : -1;
   }
 
   // Draws for the waiting contenders, all samples, and the best of them into the lists.
@@ -117,7 +125,9 @@ struct Row {
       for (int64_t w = 0; w < last; ++w) {
         const S epsilon = (S)p.epsilon;
         const uint32_t* word = words[w];
-        for (int i = 0; i < n; ++i) x[i] = tile_scores[i] + epsilon * (S)normal(word[i]);
+        alignas(64) float z[kTile + 64];
+        for (int i = 0; i < n; i += Vector<float>::n) store(normal<Wide>(Wide::load(word + i)), z + i);
+        for (int i = 0; i < n; ++i) x[i] = tile_scores[i] + epsilon * (S)z[i];
         const int64_t b = quad * 4 + w - b0;
         enter(values + b * width, ids + b * width, x, n);
       }
@@ -221,7 +231,7 @@ struct Row {
     uint32_t done = 0;  // pairs of arrivals behind us
     int64_t walked = 0;
     for (int round = 0; n_active; ++round) {
-      int pairs = round ? 4 : (arrivals + 1) / 2;
+      int pairs = round ? 4 : ((int)average + 8) / 8 * 4;
       const int most = kArrivals / 2 / n_active;
       pairs = pairs < 1 ? 1 : pairs > most ? most : pairs;
       if (round > 1) pairs = most < 16 ? most : 16;
@@ -233,8 +243,10 @@ struct Row {
         }
       for (int i = calls; i < padded; ++i) c0[i] = c2[i] = 0;
       philox_block(c0, row, c2, 0, 1 + (uint32_t)p.first_class, p.seed, padded, words[0], words[1], words[2], words[3]);
-      for (int i = 0; i < padded; ++i) gaps[0][i] = gap(words[0][i]);
-      for (int i = 0; i < padded; ++i) gaps[1][i] = gap(words[2][i]);
+      for (int i = 0; i < padded; i += Vector<float>::n) {
+        store(gap<Wide>(Wide::load(words[0] + i)), gaps[0] + i);
+        store(gap<Wide>(Wide::load(words[2] + i)), gaps[1] + i);
+      }
       for (int a = 0; a < n_active; ++a)
         for (int i = a * pairs; i < (a + 1) * pairs; ++i) {
           times[2 * i] = sum[a] += gaps[0][i];
@@ -242,7 +254,7 @@ struct Row {
         }
       for (int i = 2 * calls; i < 2 * padded; ++i) times[i] = 1;
       for (int i = 0; i < 2 * padded; ++i) z[i] = arrival_time(times[i], inverse_l);
-      for (int i = 0; i < 2 * padded; ++i) z[i] = hazard_quantile(z[i]);
+      for (int i = 0; i < 2 * padded; i += Vector<float>::n) store(hazard_quantile<Wide>(Wide::load(z + i)), z + i);
       for (int i = 0; i < 2 * padded; ++i) shift[i] = epsilon * (S)z[i];
       for (int i = 0; i < padded; ++i) drawn[2 * i] = (int32_t)(((uint64_t)words[1][i] * n_classes) >> 32);
       for (int i = 0; i < padded; ++i) drawn[2 * i + 1] = (int32_t)(((uint64_t)words[3][i] * n_classes) >> 32);
@@ -257,7 +269,7 @@ struct Row {
       n_active = still;
       done += (uint32_t)pairs;
     }
-    arrivals = (int)((walked + (to - from) - 1) / (to - from)) + 2;
+    average += ((float)walked / (float)(to - from) - average) * 0.125f;
   }
 
   void search() {
