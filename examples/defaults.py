@@ -1,0 +1,40 @@
+"""The settings the demo runs with, and the classes whose guesses it prints."""
+
+from training import BALANCED, CROSS_ENTROPY, IMBALANCED, Settings
+
+# Each is the best of 16 trials on validation rows: benchmarks/results/demo_tuning.json, written by
+# `demo.py --tune --out benchmarks/results`.
+SPECIES = {
+    CROSS_ENTROPY: Settings(lr=0.0011, weight_decay=0.84),
+    BALANCED: Settings(lr=0.0024, weight_decay=0.008, epsilon=1.2),
+    IMBALANCED: Settings(lr=0.011, weight_decay=0.36, epsilon=0.016, max_m=0.08),
+}
+# Taken over from the species, not searched for.
+GLYPHS = SPECIES
+DEFAULTS = {"species": SPECIES, "glyphs": GLYPHS}
+# As many as fit into about three minutes; the glyphs have three times the rows and four times the classes.
+EPOCHS = {"species": 30, "glyphs": 4}
+WELL_KNOWN = {
+    "species": (
+        "Escherichia coli",
+        "Salmonella enterica",
+        "Yersinia pestis",
+        "Vibrio cholerae",
+        "Pseudomonas aeruginosa",
+        "Helicobacter pylori",
+        "Bacillus anthracis",
+        "Staphylococcus aureus",
+        "Lactobacillus casei",
+        "Mycobacterium tuberculosis",
+    ),
+    "glyphs": (
+        "LATIN CAPITAL LETTER A",
+        "GREEK CAPITAL LETTER ALPHA",
+        "LATIN SMALL LETTER O",
+        "DIGIT ZERO",
+        "LATIN SMALL LETTER L",
+        "GREEK CAPITAL LETTER SIGMA",
+        "N-ARY SUMMATION",
+        "CYRILLIC CAPITAL LETTER ZHE",
+    ),
+}

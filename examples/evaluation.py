@@ -1,0 +1,91 @@
+"""What is measured: accuracies of scores, and the time of one loss step."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+FEW = (20, 10)  # a class is rare, few-shot, if it has fewer training rows than this
+BINS = (1, 5, 10, 20, 50)  # where the plot's bins of training rows begin
+
+
+def accuracies(scores: Tensor, target: Tensor, class_count: Tensor) -> dict[str, float | None]:
+    """Top-1, 5 and 10 over rows, top-5 over classes (macro) and top-5 over the rows of rare classes.
+
+    Args:
+        scores: [N, C]. target: [N]. class_count: [C], how many training rows each class has.
+
+    Returns:
+        One share in [0, 1] for each name; None where no row qualifies. Macro leaves out the classes without a row here.
+    """
+    everywhere = torch.ones_like(target, dtype=torch.bool)
+    result = {f"top-{k}": _accuracy(scores, target, everywhere, k) for k in (1, 5, 10)}
+    result["macro top-5"] = _accuracy(scores, target, everywhere, 5, "macro")
+    for cut in FEW:
+        result[f"top-5, <{cut} rows"] = _accuracy(scores, target, class_count[target] < cut, 5)
+    return result
+
+
+def _accuracy(scores: Tensor, target: Tensor, rows: Tensor, k: int, average: str = "micro") -> float | None:
+    if not rows.any():
+        return None
+    metric = MulticlassAccuracy(scores.shape[1], top_k=min(k, scores.shape[1]), average=average)
+    for part in rows.nonzero().flatten().split(128):  # the metric makes several [N, C] int64 arrays
+        metric.update(scores[part], target[part])
+    return round(float(metric.compute()), 5)
+
+
+def look_up(group: Tensor, known_group: Tensor, known_target: Tensor, n_classes: int) -> Tensor:
+    """Scores without learning: how many known rows of the same input each class has, then how common the class is.
+
+    Args:
+        group: [N], the inputs to score. known_group, known_target: the inputs and classes of the known rows.
+
+    Returns:
+        [N, C] float32.
+    """
+    used, position = group.unique(return_inverse=True)
+    common = known_target.bincount(minlength=n_classes) / (2 * len(known_target))  # [C], below one row
+    scores = common.repeat(len(used), 1)
+    met = torch.isin(known_group, used)
+    at = (torch.searchsorted(used, known_group[met]), known_target[met])
+    return scores.index_put_(at, torch.ones(()), accumulate=True)[position]
+
+
+def ranks(scores: Tensor, target: Tensor) -> Tensor:
+    """How many classes score higher than the true one: [N], 0 if it comes first."""
+    return (scores > scores.gather(1, target[:, None])).sum(1)
+
+
+def curve(rank: Tensor, longest: int = 20) -> list[float]:
+    """Top-k accuracy for k = 1 to `longest`."""
+    return [round(float((rank < k).float().mean()), 5) for k in range(1, longest + 1)]
+
+
+def by_frequency(rank: Tensor, row_count: Tensor, k: int) -> list[dict]:
+    """Top-k accuracy in each bin of `row_count`, [N], how many training rows a row's class has; no empty bins."""
+    result = []
+    for low, end in zip(BINS, (*BINS[1:], None)):
+        inside = (row_count >= low) & (row_count < (end or float("inf")))
+        if inside.any():
+            label = f"{low}-{end - 1}" if end else f"{low} or more"
+            hits = round(float((rank[inside] < k).float().mean()), 5)
+            result.append({"label": label, "rows": int(inside.sum()), "accuracy": hits})
+    return result
+
+
+def loss_step_ms(loss_of: nn.Module, scores: Tensor, target: Tensor, seconds: float = 0.5) -> float:
+    """Median milliseconds of one forward and backward pass of the loss alone."""
+    leaf = scores.detach().clone().requires_grad_()
+    times = []
+    end = time.perf_counter() + seconds
+    while len(times) < 8 or time.perf_counter() < end:
+        leaf.grad = None
+        start = time.perf_counter()
+        loss_of(leaf, target).backward()
+        times.append(time.perf_counter() - start)
+    return round(1e3 * median(times[3:]), 3)  # the first calls warm up

@@ -1,0 +1,349 @@
+"""Contract under test: the demo reads, labels, cuts, splits, renders and measures as its docstrings say.
+
+No network: the tests write the databases they read.
+"""
+
+import json
+import random
+import struct
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+for needed in ("torchmetrics", "matplotlib", "fontTools", "PIL", "tqdm"):
+    pytest.importorskip(needed, reason=f"the demo needs {needed}, which the package itself does not")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import demo  # noqa: E402
+import evaluation  # noqa: E402
+import glyphs  # noqa: E402
+import report  # noqa: E402
+import search  # noqa: E402
+import species  # noqa: E402
+import training  # noqa: E402
+from blastdb import IUPAC, BlastDatabase  # noqa: E402
+from dataset import Dataset, cached, split_rows  # noqa: E402
+
+FORWARD, REVERSE = "CAGCAGCCGCGGTAA", "ATTAGATACCCTGGT"
+
+
+def bases(n, seed=0):
+    return "".join(random.Random(seed).choices("ACGT", k=n))
+
+
+def pack(sequence, wide):
+    """A sequence's bytes in .nsq: the packed bases, then the ambiguous stretches (`wide`: in two words each)."""
+    code = ["ACGT".find(base) % 4 for base in sequence]  # an ambiguous base is packed as T
+    tail = len(code) % 4
+    code += [0] * (4 - tail)  # a multiple of four ends in a byte of no bases
+    packed = bytearray(a << 6 | b << 4 | c << 2 | d for a, b, c, d in zip(*[iter(code)] * 4))
+    packed[-1] |= tail
+    words, at = [], 0
+    while at < len(sequence):
+        end = at + 1
+        if sequence[at] not in "ACGT":
+            while end < len(sequence) and sequence[end] == sequence[at] and end - at < 16:
+                end += 1
+            letter = IUPAC.index(sequence[at])
+            words += [letter << 28 | (end - at - 1) << 16, at] if wide else [letter << 28 | (end - at - 1) << 24 | at]
+        at = end
+    listed = struct.pack(f">{len(words) + 1}I", len(words) | wide << 31, *words) if words else b""
+    return bytes(packed), listed
+
+
+def write_database(path, records, wide=False, version=4):
+    headers, packed = b"", b"\0"
+    offsets = [[], [], []]
+    for title, sequence in records:
+        size = len(title)
+        length = bytes([size]) if size < 128 else b"\x82" + size.to_bytes(2, "big")
+        first, second = pack(sequence, wide)
+        for table, at in zip(offsets, (len(headers), len(packed), len(packed) + len(first))):
+            table.append(at)
+        headers += b"\x30\x80\xa0\x80\x1a" + length + title.encode() + b"\0\0"
+        packed += first + second
+    for table, at in zip(offsets, (len(headers), len(packed), len(packed))):
+        table.append(at)
+    index = struct.pack(">2i", version, 0)
+    for text in (b"a title", b"a date"):
+        index += struct.pack(">i", len(text)) + text
+    index += struct.pack(">iqi", len(records), sum(len(s) for _, s in records), max(len(s) for _, s in records))
+    index += np.array(offsets, ">u4").tobytes()
+    for end, content in ((".nin", index), (".nhr", headers), (".nsq", packed)):
+        Path(f"{path}{end}").write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["one word a stretch", "two words a stretch"])
+def test_database_round_trip(tmp_path, wide):
+    records = [(f"gb|X{n}| title {n}", bases(n, n)) for n in range(1, 10)]  # every filling of the last byte
+    long_title = "gb|Y| long " + "t" * 300
+    records += [(long_title, bases(7) + "N" * 40 + bases(9) + "RYK" + bases(2))]
+    database = BlastDatabase(write_database(tmp_path / "db", records, wide))
+    assert len(database) == len(records)
+    assert [(database.title(i), database.sequence(i)) for i in range(len(database))] == records
+
+
+def test_database_of_another_version_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="got version 5"):
+        BlastDatabase(write_database(tmp_path / "db", [("gb|X| a", "ACGT")], version=5))
+
+
+def test_truncated_index_is_refused(tmp_path):
+    index = Path(f"{write_database(tmp_path / 'db', [('gb|X| a', 'ACGT')])}.nin")
+    index.write_bytes(index.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="bytes for 1 records"):
+        BlastDatabase(tmp_path / "db")
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("gb|X| Bacillus anthracis 16S ribosomal RNA gene", "Bacillus anthracis"),
+        ("gb|X| Anabaena flos-aquae partial 16S rRNA gene, strain 1", "Anabaena flos-aquae"),
+        ("gb|X| Vibrio cholerae", "Vibrio cholerae"),
+        ("gb|X| Streptomyces sp. A1 16S ribosomal RNA gene", None),
+        ("gb|X| Uncultured bacterium clone 3 16S ribosomal RNA gene", None),
+        ("gb|X| Flavobacteriaceae bacterium 16S ribosomal RNA gene", None),
+        ("gb|X| Candidatus pelagibacter 16S ribosomal RNA gene", None),
+        ("gb|X| Swine manure clone 16S ribosomal RNA gene", None),
+        ("gb|X| Euglena gracilis chloroplast 16S ribosomal RNA gene", None),
+        ("gb|X| Olavius loisae endosymbiont 16S ribosomal RNA gene", None),
+        ("gb|X| uncultured bacillus anthracis", None),
+    ],
+)
+def test_species_of_a_title(title, name):
+    assert species.species_of(title) == name
+
+
+def test_v4_keeps_ambiguities_between_the_primers():
+    region = bases(100, 1) + "NRY" + bases(100, 2)
+    assert species.v4_region(bases(50, 3) + FORWARD + region + REVERSE + bases(50, 4)) == region
+
+
+def test_v4_ends_at_the_first_reverse_primer():
+    region = bases(200, 1)
+    assert species.v4_region(FORWARD + region + REVERSE + bases(50, 2) + REVERSE) == region
+
+
+@pytest.mark.parametrize(
+    ("forward", "reverse", "length", "found"),
+    [
+        ("CAGCCGCCGCGGTAA", "ATTAGAAACCCCAGT", 250, True),  # M = C, W = A, B = C, D = A
+        ("CAGCAGCCGCGGTAA", "ATTAGATACCCGTGT", 250, True),  # M = A, W = T, B = G, D = T
+        ("CAGCGGCCGCGGTAA", REVERSE, 250, False),  # M is no G
+        (FORWARD, "ATTAGATACCCAGGT", 250, False),  # B is no A
+        (FORWARD, "ATTAGATACCCTCGT", 250, False),  # D is no C
+        (FORWARD, REVERSE, 149, False),
+        (FORWARD, REVERSE, 150, True),
+        (FORWARD, REVERSE, 600, True),
+        (FORWARD, REVERSE, 601, False),
+    ],
+)
+def test_v4_primers_and_lengths(forward, reverse, length, found):
+    region = bases(length, 5)
+    assert species.v4_region(f"A{forward}{region}{reverse}A") == (region if found else None)
+
+
+def test_kmer_counts_skip_ambiguous_bases():
+    sequence = bases(300, 6) + "N" + bases(300, 7) + "AAAAAAAAAA"
+    expected = np.zeros(4**6, int)
+    for i in range(len(sequence) - 5):
+        if "N" not in sequence[i : i + 6]:
+            expected[int(sequence[i : i + 6].translate(str.maketrans("ACGT", "0123")), 4)] += 1
+    assert expected[0] >= 5
+    np.testing.assert_array_equal(species.kmer_counts(sequence), expected)
+
+
+def gene(region):
+    return bases(20, 8) + FORWARD + region + REVERSE + bases(20, 9)
+
+
+def test_parse_keeps_species_with_enough_v4_regions(tmp_path):
+    shared, own = bases(250, 10), bases(250, 11)
+    records = [(f"gb|A{i}| Bacillus cereus strain {i} 16S", gene(shared)) for i in range(4)]
+    records += [(f"gb|B{i}| Bacillus anthracis 16S", gene(shared if i else own)) for i in range(5)]
+    records += [(f"gb|C{i}| Vibrio cholerae 16S", gene(own)) for i in range(3)]  # one too few
+    records += [("gb|D| Vibrio cholerae 16S", bases(300, 12))]  # no primers, so still too few
+    records += [(f"gb|E{i}| Uncultured bacterium 16S", gene(own)) for i in range(9)]
+    data = species.parse(write_database(tmp_path / "db", records))
+    assert data.classes == ["Bacillus anthracis", "Bacillus cereus"]
+    assert np.bincount(data.target).tolist() == [5, 4]
+    assert data.inputs.shape == (2, 4096)
+    expected = [species.kmer_counts(region) for region in [shared] * 4 + [own] + [shared] * 4]
+    np.testing.assert_array_equal(data.inputs[data.group], expected)
+    assert data.ambiguous_share() == pytest.approx(8 / 9)
+
+
+def test_another_package_is_refused(tmp_path):
+    (tmp_path / "ncbi-rrna-data_0_all.deb").write_bytes(b"not the package")
+    with pytest.raises(species.PackageUnavailable, match="--data glyphs"):
+        species.load(tmp_path)
+
+
+def test_missing_apt_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(species.PackageUnavailable, match=r"apt-get is not installed(.|\n)*--data glyphs"):
+        species.load(tmp_path)
+
+
+def test_split_is_stratified_and_complete():
+    target = np.random.default_rng(0).permutation(np.repeat(np.arange(6), [4, 5, 7, 8, 30, 101]))
+    split = split_rows(target, seed=1)
+    parts = (split.train, split.val, split.test)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(target)))
+    counts = [np.bincount(target[part]).tolist() for part in parts]
+    assert counts == [[2, 3, 5, 4, 16, 51], [1, 1, 1, 2, 7, 25], [1, 1, 1, 2, 7, 25]]
+    again, other = split_rows(target, seed=1), split_rows(target, seed=2)
+    np.testing.assert_array_equal(split.test, again.test)
+    assert not np.array_equal(split.test, other.test)
+
+
+def test_split_refuses_too_small_a_class():
+    with pytest.raises(ValueError, match="at least 4 rows, got 3 of class 1"):
+        split_rows(np.array([0] * 4 + [1] * 3), seed=0)
+
+
+def small_data():
+    """30 classes of 8 rows; the first two share all their inputs."""
+    target = np.repeat(np.arange(30), 8)
+    group = np.where(target == 1, 0, target) * 8 + np.arange(240) % 8
+    pattern = np.random.default_rng(0).integers(0, 50, (30, 1, 32))
+    noise = np.random.default_rng(1).integers(0, 5, (30, 8, 32))
+    names = [f"class {i}" for i in range(30)]
+    return Dataset("small", names, (pattern + noise).reshape(240, 32).astype(np.uint8), group, target)
+
+
+def test_cache_is_built_once_and_loads_the_same(tmp_path):
+    data = small_data()
+    built = cached(tmp_path / "sub" / "small.npz", lambda: data)
+    loaded = cached(tmp_path / "sub" / "small.npz", lambda: pytest.fail("built twice"))
+    for read in (built, loaded):
+        assert (read.name, read.classes) == (data.name, data.classes)
+        for field in ("inputs", "group", "target"):
+            np.testing.assert_array_equal(getattr(read, field), getattr(data, field))
+    assert loaded.ambiguous_share() == pytest.approx(16 / 240)
+    torch.testing.assert_close(loaded.features().square().sum(1), torch.full((240,), 32.0))
+
+
+def test_glyphs_of_two_fonts():
+    fonts = [f for f in glyphs.matplotlib_fonts() if f.name in ("DejaVuSansDisplay.ttf", "STIXSizOneSymReg.ttf")]
+    data = glyphs.render(fonts, min_fonts=1)
+    both = glyphs.render(fonts, min_fonts=2)
+    assert len(fonts) == 2
+    assert "N-ARY SUMMATION" in both.classes
+    assert set(both.classes) < set(data.classes)
+    assert (np.bincount(both.target) == 2).all()
+    assert data.inputs.shape == (len(np.unique(data.group)), 28 * 28)
+    assert data.inputs.any(axis=1).all()
+
+
+def test_the_same_image_is_one_input():
+    mono = [f for f in glyphs.matplotlib_fonts() if f.name == "DejaVuSansMono.ttf"]
+    data = glyphs.render(mono, min_fonts=1)
+    latin, greek, other = (
+        data.group[data.target == data.classes.index(name)].tolist()
+        for name in ("LATIN CAPITAL LETTER A", "GREEK CAPITAL LETTER ALPHA", "LATIN CAPITAL LETTER B")
+    )
+    assert latin == greek != other
+
+
+def test_accuracies_against_counting():
+    count = torch.tensor([30, 20, 15, 10, 9, 5, 2, 2, 2, 2, 2, 2])  # rare: fewer than 20, fewer than 10
+    scores = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(400) % 11  # class 11 has no row here: macro leaves it out
+    rank = evaluation.ranks(scores, target)
+    hit = (rank < 5).float()
+    expected = {f"top-{k}": float((rank < k).float().mean()) for k in (1, 5, 10)}
+    expected["macro top-5"] = float(torch.stack([hit[target == c].mean() for c in range(11)]).mean())
+    expected |= {f"top-5, <{cut} rows": float(hit[count[target] < cut].mean()) for cut in (20, 10)}
+    assert evaluation.accuracies(scores, target, count) == pytest.approx(expected, abs=2e-5)
+    assert evaluation.curve(rank)[4] == pytest.approx(expected["top-5"], abs=1e-5)
+    bins = evaluation.by_frequency(rank, count[target], k=5)
+    assert [b["label"] for b in bins] == ["1-4", "5-9", "10-19", "20-49"]
+    assert sum(b["rows"] * b["accuracy"] for b in bins) == pytest.approx(float(hit.sum()), abs=0.01)
+
+
+def test_look_up_counts_the_same_input_then_how_common_a_class_is():
+    known_group, known_target = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([3, 3, 1, 2, 0, 0])
+    scores = evaluation.look_up(torch.tensor([0, 9, 0]), known_group, known_target, n_classes=4)
+    assert scores.argsort(dim=1, descending=True, stable=True).tolist() == [[3, 1, 0, 2], [0, 3, 1, 2], [3, 1, 0, 2]]
+
+
+def test_no_rare_class_gives_none():
+    scores, target = torch.eye(6), torch.arange(6)
+    assert evaluation.accuracies(scores, target, torch.full((6,), 50))["top-5, <10 rows"] is None
+
+
+@pytest.mark.parametrize("name", training.LOSSES)
+def test_training_learns(name):
+    data = small_data()
+    group, target, inputs = torch.from_numpy(data.group), torch.from_numpy(data.target), data.features()
+    settings = training.Settings(lr=1e-2, weight_decay=0.0, epsilon=0.02, max_m=0.1)
+    model = training.fit(name, settings, inputs, group, target, len(data.classes), epochs=40, seed=0)
+    rank = evaluation.ranks(training.scores_of(model, inputs, group), target)
+    assert float((rank < 5).float().mean()) > 0.95  # a network that ignores its input gets 5/30
+
+
+def test_every_loss_gets_the_same_trials_within_its_space():
+    for name in training.LOSSES:
+        drawn = search.draw_settings(name, trials=8, seed=0)
+        assert len(set(drawn)) == 8
+        for key, (low, high) in search.SPACE[name].items():
+            assert all(low <= getattr(settings, key) <= high for settings in drawn)
+
+
+@pytest.fixture
+def run_demo(monkeypatch, tmp_path):
+    """Run the demo's command line on the small data; what it wrote as JSON."""
+    monkeypatch.setattr(species, "load", lambda cache: small_data())
+    monkeypatch.setitem(demo.WELL_KNOWN, "small", ("class 7", "class 0"))
+    monkeypatch.setitem(demo.DEFAULTS, "small", demo.DEFAULTS["species"])
+    monkeypatch.setattr(demo, "loss_step_ms", partial(evaluation.loss_step_ms, seconds=0))
+
+    def run(name, *options):
+        monkeypatch.setattr(sys, "argv", ["examples/demo.py", "--out", str(tmp_path), *options])
+        demo.main()
+        return json.loads((tmp_path / name).read_text())
+
+    return run
+
+
+def test_the_demo_reports_every_loss_and_draws(run_demo, tmp_path, capsys):
+    result = run_demo("demo.json", "--epochs", "20")
+    assert list(result["losses"]) == list(training.LOSSES)
+    assert result["rows"] == {"train": 120, "val": 60, "test": 60}
+    for measured in result["losses"].values():
+        assert 0 <= measured["accuracy"]["top-1"] <= measured["accuracy"]["top-5"] == measured["curve"][4] <= 1
+        assert measured["step_ms"]["loss ms"] > 0
+    assert all(len(five) == 5 for five in result["guesses"]["balanced top-5"].values())
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "macro top-5" in capsys.readouterr().out
+
+
+def test_tuning_uses_no_test_row(run_demo, monkeypatch):
+    split = split_rows(small_data().target, demo.SPLIT_SEED)
+    scored = []
+    monkeypatch.setattr(search, "scores_of", lambda model, inputs, group: scored.append(group) or inputs[group])
+    monkeypatch.setattr(search, "accuracies", lambda scores, target, count: {"macro top-5": float(len(scores))})
+    result = run_demo("demo_tuning.json", "--tune", "--trials", "2", "--epochs", "1")
+    assert [trial["loss"] for trial in result["trials"]] == [name for name in training.LOSSES for _ in range(2)]
+    for group in scored:
+        np.testing.assert_array_equal(group, small_data().group[split.val])
+
+
+def test_table_marks_what_is_missing():
+    text = report.table({"a": {"one": 0.5, "a longer name": None}, "bcd": {"one": 1.0, "a longer name": 0.123}})
+    assert text.splitlines() == [
+        "        one  a longer name",
+        "a      50.0              -",
+        "bcd   100.0           12.3",
+    ]
+
+
+def test_the_right_guess_is_starred():
+    assert report.guesses_text({"a": ["b", "a"], "bb": ["c", "d"]}).splitlines() == ["a   b, *a*", "bb  c, d"]
