@@ -148,13 +148,22 @@ template <int G, class T, class S>
 static void group_maxima(const T* row, int64_t n_classes, int64_t stride, S* out, int n) {
   using V = Vector<S>;
   int i = 0;
-  if (stride == 1)
-    for (; (int64_t)(i + V::n) * G <= n_classes; i += V::n) {
-      const typename V::type v = group_vector<G>(row + (int64_t)i * G);
-      memcpy(out + i, &v, sizeof v);
+  if (G < V::n || stride == 1) {  // all groups, many at a time; then those looked at
+    int64_t next = 0;
+    for (int64_t group = 0; (group + V::n) * G <= n_classes; group += V::n) {
+      const typename V::type v = group_vector<G>(row + group * G);
+      if (stride == 1) {
+        memcpy(out + group, &v, sizeof v);
+        i += V::n;
+        continue;
+      }
+      for (; next < group + V::n; next += stride) out[i++] = v[next - group];
     }
+  }
   for (; i < n; ++i) {
     const int64_t start = i * stride * G;
+    __builtin_prefetch(row + start + 8 * stride * G);
+    __builtin_prefetch(row + start + 8 * stride * G + 64 / sizeof(T));
     out[i] = maximum<T, S>(row + start, n_classes - start < G ? n_classes - start : G);
   }
 }

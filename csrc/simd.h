@@ -232,16 +232,22 @@ struct Lanes {
 };
 #endif
 
-// noise.h's philox over n calls, n a multiple of kLanes: counters (c0[i], c1, c2[i] or c2_all, c3).
-static inline void philox_block(const uint32_t* c0, uint32_t c1, const uint32_t* c2, uint32_t c2_all, uint32_t c3,
-                                uint64_t seed, int n, uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
-  constexpr int kChains = 2;  // one waits on its multiplications: 8 + 1 + 1 cycles a round
-  const Lanes m0 = Lanes::all(0xD2511F53u), m1 = Lanes::all(0xCD9E8D57u);
+// The round keys of a seed.
+struct Keys {
   Lanes k0[10], k1[10];
-  for (uint32_t r = 0; r < 10; ++r) {
-    k0[r] = Lanes::all((uint32_t)seed + r * 0x9E3779B9u);
-    k1[r] = Lanes::all((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
+  explicit Keys(uint64_t seed) {
+    for (uint32_t r = 0; r < 10; ++r) {
+      k0[r] = Lanes::all((uint32_t)seed + r * 0x9E3779B9u);
+      k1[r] = Lanes::all((uint32_t)(seed >> 32) + r * 0xBB67AE85u);
+    }
   }
+};
+
+// noise.h's philox over n calls, n a multiple of kLanes: counters (c0[i], c1, c2[i] or c2_all, c3).
+static inline void philox_block(const Keys& keys, const uint32_t* c0, uint32_t c1, const uint32_t* c2, uint32_t c2_all,
+                                uint32_t c3, int n, uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
+  constexpr int kChains = 2;  // one waits on its multiplications
+  const Lanes m0 = Lanes::all(0xD2511F53u), m1 = Lanes::all(0xCD9E8D57u);
   for (int i = 0; i < n; i += kChains * Lanes::n) {
     Lanes x0[kChains], x1[kChains], x2[kChains], x3[kChains];
     for (int j = 0; j < kChains; ++j) {
@@ -252,8 +258,8 @@ static inline void philox_block(const uint32_t* c0, uint32_t c1, const uint32_t*
     for (int r = 0; r < 10; ++r)
       for (int j = 0; j < kChains; ++j) {
         const Lanes a = x0[j].times(m0), b = x2[j].times(m1);
-        x0[j] = b.high() ^ x1[j] ^ k0[r];
-        x2[j] = a.high() ^ x3[j] ^ k1[r];
+        x0[j] = b.high() ^ x1[j] ^ keys.k0[r];
+        x2[j] = a.high() ^ x3[j] ^ keys.k1[r];
         x1[j] = b, x3[j] = a;
       }
     for (int j = 0; j < kChains; ++j) {

@@ -21,6 +21,7 @@ constexpr int kTile = 512;      // contenders drawn at a time
 constexpr int kArrivals = 512;  // arrivals drawn at a time, over all samples
 constexpr int kMaxima = 1024;   // `plan` looks at fewer groups than this
 constexpr int kPairs = 64;      // up to so many values are ranked by comparing all pairs
+constexpr int kAhead = 4096;    // bytes of a row asked for ahead of their use
 constexpr int kGroup = 16;      // samples whose arrivals are walked side by side
 
 template <class V, class S>
@@ -37,6 +38,7 @@ struct Row {
   using V = Vector<S>;
   const Search& p;
   const T* scores;
+  const Keys keys;
   const int width;  // of a list: k and padding
   S* values;        // [b1 - b0, width]
   int32_t* ids;     // [b1 - b0, width]
@@ -119,7 +121,7 @@ struct Row {
     alignas(64) uint32_t words[4][kTile + 64];
     alignas(64) S x[kTile + 64];
     for (int64_t quad = b0 / 4; quad * 4 < b1; ++quad) {
-      philox_block((const uint32_t*)tile_ids, row, nullptr, (uint32_t)quad, 0, p.seed, n, words[0], words[1], words[2],
+      philox_block(keys, (const uint32_t*)tile_ids, row, nullptr, (uint32_t)quad, 0, n, words[0], words[1], words[2],
                    words[3]);
       const int64_t last = b1 - quad * 4 < 4 ? b1 - quad * 4 : 4;
       for (int64_t w = 0; w < last; ++w) {
@@ -143,6 +145,8 @@ struct Row {
     for (int64_t i = 0; i < (b1 - b0) * width; ++i) values[i] = -inf, ids[i] = -1;
     alignas(64) S wide[64];
     for (int64_t start = 0; start < p.n_classes; start += 64) {
+      // Mispredicted hits empty the pipeline, and with it the loads under way: these are not lost.
+      for (size_t i = 0; i < 64 * sizeof(T); i += 64) __builtin_prefetch((const char*)(scores + start) + kAhead + i);
       const S* x;
       const int64_t count = p.n_classes - start < 64 ? p.n_classes - start : 64;
       if (sizeof(T) == sizeof(S) && count == 64) {
@@ -231,7 +235,7 @@ struct Row {
     uint32_t done = 0;  // pairs of arrivals behind us
     int64_t walked = 0;
     for (int round = 0; n_active; ++round) {
-      int pairs = round ? 4 : ((int)average + 8) / 8 * 4;
+      int pairs = round ? 8 : ((int)average + 8) / 8 * 4;
       const int most = kArrivals / 2 / n_active;
       pairs = pairs < 1 ? 1 : pairs > most ? most : pairs;
       if (round > 1) pairs = most < 16 ? most : 16;
@@ -242,7 +246,7 @@ struct Row {
           c2[a * pairs + i] = (uint32_t)(b0 + active[a]);
         }
       for (int i = calls; i < padded; ++i) c0[i] = c2[i] = 0;
-      philox_block(c0, row, c2, 0, 1 + (uint32_t)p.first_class, p.seed, padded, words[0], words[1], words[2], words[3]);
+      philox_block(keys, c0, row, c2, 0, 1 + (uint32_t)p.first_class, padded, words[0], words[1], words[2], words[3]);
       for (int i = 0; i < padded; i += Vector<float>::n) {
         store(gap<Wide>(Wide::load(words[0] + i)), gaps[0] + i);
         store(gap<Wide>(Wide::load(words[2] + i)), gaps[1] + i);
@@ -291,7 +295,7 @@ void search_items(const Search& p, int64_t begin, int64_t end, void* workspace) 
   S* values = (S*)(((uintptr_t)workspace + 63) / 64 * 64);
   int32_t* ids = (int32_t*)(values + p.samples_per_split * width);
   const int64_t keep = p.keep_all ? p.k : 1;
-  Row<T> row{p, nullptr, width, values, ids};
+  Row<T> row{p, nullptr, Keys(p.seed), width, values, ids};
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / p.n_split;
     if (p.target && p.target[n] == p.ignore_index) continue;
