@@ -66,7 +66,7 @@ def check_equality(n, length, n_sample, epsilon):
         results.append((losses.detach(), scores.grad))
     if not all(torch.equal(a, b) for a, b in zip(*results)):
         raise SystemExit(f"the backends disagree at {(n, length, n_sample, epsilon)}: nothing was timed")
-    ours, theirs = (torch.tensor([float(f(scores, target)) for _ in range(8)]) for f in
+    ours, theirs = (torch.stack([f(scores.detach(), target) for _ in range(8)]) for f in
                     (candidates(n_sample, epsilon)[name] for name in ("topk_fast", "pytopk")))  # fmt: skip
     error = ((ours.var() + theirs.var()) / 8).sqrt()
     if abs(ours.mean() - theirs.mean()) > 5 * error:

@@ -203,6 +203,8 @@ struct Lanes {
   void store(uint32_t* p) const { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi64_epi32(x)); }
   Lanes times(Lanes o) const { return {_mm512_mul_epu32(x, o.x)}; }
   Lanes high() const { return {_mm512_srli_epi64(x, 32)}; }
+  Lanes high_in_place() const { return {_mm512_slli_epi64(_mm512_srli_epi64(x, 32), 32)}; }
+  void store_whole(int32_t* p) const { _mm512_storeu_si512(p, x); }
   Lanes operator^(Lanes o) const { return {_mm512_xor_si512(x, o.x)}; }
 };
 #elif defined(TOPK_FAST_AVX2)
@@ -217,6 +219,8 @@ struct Lanes {
   }
   Lanes times(Lanes o) const { return {_mm256_mul_epu32(x, o.x)}; }
   Lanes high() const { return {_mm256_srli_epi64(x, 32)}; }
+  Lanes high_in_place() const { return {_mm256_slli_epi64(_mm256_srli_epi64(x, 32), 32)}; }
+  void store_whole(int32_t* p) const { _mm256_storeu_si256((__m256i*)p, x); }
   Lanes operator^(Lanes o) const { return {_mm256_xor_si256(x, o.x)}; }
 };
 #else
@@ -228,6 +232,8 @@ struct Lanes {
   void store(uint32_t* p) const { *p = (uint32_t)x; }
   Lanes times(Lanes o) const { return {(uint64_t)(uint32_t)x * (uint32_t)o.x}; }
   Lanes high() const { return {x >> 32}; }
+  Lanes high_in_place() const { return {x >> 32 << 32}; }
+  void store_whole(int32_t* p) const { p[0] = (int32_t)x, p[1] = (int32_t)(x >> 32); }
   Lanes operator^(Lanes o) const { return {x ^ o.x}; }
 };
 #endif
@@ -267,6 +273,13 @@ static inline void philox_block(const Keys& keys, const uint32_t* c0, uint32_t c
       x0[j].store(w0 + at), x1[j].store(w1 + at), x2[j].store(w2 + at), x3[j].store(w3 + at);
     }
   }
+}
+
+// out[2 i] = (even[i] * factor) >> 32 and out[2 i + 1] = (odd[i] * factor) >> 32, for i < n, a multiple of kLanes.
+static inline void scaled_pairs(const uint32_t* even, const uint32_t* odd, uint32_t factor, int n, int32_t* out) {
+  const Lanes f = Lanes::all(factor);
+  for (int i = 0; i < n; i += Lanes::n)
+    (Lanes::load(even + i).times(f).high() ^ Lanes::load(odd + i).times(f).high_in_place()).store_whole(out + 2 * i);
 }
 
 // Widening to float32, exact for bfloat16 and half alike; integer steps, so a flush-to-zero mode changes nothing.

@@ -29,6 +29,8 @@ static inline void store(V v, S* x) {
   memcpy(x, &v, sizeof v);
 }
 
+typedef uint32_t Four __attribute__((vector_size(16)));
+
 static inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
 // One row's samples [b0, b1) and their k best so far, best first, (-inf, -1) where there are fewer.
@@ -54,28 +56,35 @@ struct Row {
 
   static constexpr S inf = (S)__builtin_inf();
 
-  // A lower bound of the k-th largest of x[0..n): the k-th largest of maxima over disjoint parts.
-  S lower_bound(const S* x, int n) const {
-    alignas(64) S m[kTile + 64];
-    int width = round_up((int)(p.k < kTile ? 2 * p.k : n), kLanes);
-    width = width < n ? width : n;
-    if (p.k > width) return -inf;
-    for (int i = 0; i < width; ++i) m[i] = x[i];
-    for (int i = width; i < n; i += V::n) {
-      S* part = m + i % width;
-      const typename V::type v = V::larger(V::load(part), V::load(x + i));
-      memcpy(part, &v, sizeof v);
-    }
-    if (width > kPairs) return rank_select(m, width, (int)p.k, cut);
-    S bound = -inf;  // the largest of them that k of them reach: counted over all pairs
-    for (int i = 0; i < width; i += V::n) {
+  // The k-th largest of m[0..width), counted over all pairs.
+  template <int kFixed>
+  S kth_of(const S* m, int width) const {
+    const int n = kFixed ? kFixed : width;  // a fixed length unrolls
+    S bound = -inf;
+    for (int i = 0; i < n; i += V::n) {
       const typename V::type v = V::load(m + i);
       typename V::mask reach = {};
-      for (int j = 0; j < width; ++j) reach -= m[j] >= v;
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j) reach -= m[j] >= v;
       const S here = V::largest(reach >= (typename V::lane)p.k ? v : V::all(-inf));
       bound = here > bound ? here : bound;
     }
     return bound;
+  }
+
+  // A lower bound of the k-th largest of x[0..n): the k-th largest of maxima over disjoint parts.
+  S lower_bound(const S* x, int n) const {
+    alignas(64) S m[kTile + 64];
+    int parts = round_up((int)(p.k < kTile ? 2 * p.k : n), kLanes);
+    parts = parts < n ? parts : n;
+    if (p.k > parts) return -inf;
+    for (int i = 0; i < parts; i += V::n) {
+      typename V::type v = V::load(x + i);
+      for (int j = i + parts; j < n; j += parts) v = V::larger(v, V::load(x + j));
+      store(v, m + i);
+    }
+    if (parts == kLanes) return kth_of<kLanes>(m, parts);
+    return parts > kPairs ? rank_select(m, parts, (int)p.k, cut) : kth_of<0>(m, parts);
   }
 
   // The noised scores x[0..n) of the tile into a sample's list.
@@ -111,6 +120,14 @@ struct Row {
     for (int i = 0; i < p.k && i < kLanes; ++i) v[i] = sorted[i], c[i] = sorted[i] > -inf ? sorted_ids[i] : -1;
   }
 
+  // The tile's scores with the noise of n words: x = s + (epsilon * z).
+  void noised(const uint32_t* words, S* x, int n) const {
+    alignas(64) float z[kTile + 64];
+    const S epsilon = (S)p.epsilon;
+    for (int i = 0; i < n; i += Vector<float>::n) store(normal<Wide>(Wide::load(words + i)), z + i);
+    for (int i = 0; i < n; ++i) x[i] = tile_scores[i] + epsilon * (S)z[i];
+  }
+
   // Draws for the waiting contenders, all samples, and the best of them into the lists.
   void flush() {
     const int n = round_up(tile, kLanes);
@@ -119,30 +136,34 @@ struct Row {
     for (int i = 0; i < n; i += V::n) bad += V::load(tile_scores + i) != V::load(tile_scores + i);
     nan |= V::count(bad) > 0;
     alignas(64) uint32_t words[4][kTile + 64];
-    alignas(64) S x[kTile + 64];
+    alignas(64) S x[4][kTile + 64];
     for (int64_t quad = b0 / 4; quad * 4 < b1; ++quad) {
       philox_block(keys, (const uint32_t*)tile_ids, row, nullptr, (uint32_t)quad, 0, n, words[0], words[1], words[2],
                    words[3]);
-      const int64_t last = b1 - quad * 4 < 4 ? b1 - quad * 4 : 4;
-      for (int64_t w = 0; w < last; ++w) {
-        const S epsilon = (S)p.epsilon;
-        const uint32_t* word = words[w];
-        alignas(64) float z[kTile + 64];
-        for (int i = 0; i < n; i += Vector<float>::n) store(normal<Wide>(Wide::load(word + i)), z + i);
-        for (int i = 0; i < n; ++i) x[i] = tile_scores[i] + epsilon * (S)z[i];
+      const int64_t count = b1 - quad * 4 < 4 ? b1 - quad * 4 : 4;
+      // All of their draws before the first selection: a short list's draws and selection are long chains of
+      // dependent steps, and only what stands side by side overlaps.
+      for (int64_t w = 0; w < count; ++w) noised(words[w], x[w], n);
+      for (int64_t w = 0; w < count; ++w) {
         const int64_t b = quad * 4 + w - b0;
-        enter(values + b * width, ids + b * width, x, n);
+        enter(values + b * width, ids + b * width, x[w], n);
       }
     }
     contenders += tile;
     tile = 0;
   }
 
+  static void clear(S* v, int32_t* c) {
+    for (int i = 0; i < kLanes; i += V::n) store(V::all(-inf), v + i);
+    memset(c, 0xff, kLanes * sizeof *c);  // -1
+  }
+
   // Every class above the cut into the tile; a NaN counts as above it and ends the row.
   void collect() {
     contenders = tile = 0;
     nan = false;
-    for (int64_t i = 0; i < (b1 - b0) * width; ++i) values[i] = -inf, ids[i] = -1;
+    for (int64_t b = 0; b < b1 - b0; ++b)
+      for (int i = 0; i < width; i += kLanes) clear(values + b * width + i, ids + b * width + i);
     alignas(64) S wide[64];
     for (int64_t start = 0; start < p.n_classes; start += 64) {
       // Mispredicted hits empty the pipeline, and with it the loads under way: these are not lost.
@@ -225,25 +246,25 @@ struct Row {
     for (int64_t b = from; b < to; ++b) active[n_active] = b, sum[n_active++] = 0;
     const float inverse_l = 1.0f / (float)p.n_classes;
     const S epsilon = (S)p.epsilon;
-    const uint64_t n_classes = (uint64_t)p.n_classes;
     alignas(64) uint32_t c0[kArrivals / 2], c2[kArrivals / 2], words[4][kArrivals / 2];
     alignas(64) int32_t gaps[2][kArrivals / 2];
     alignas(64) int64_t times[kArrivals];
     alignas(64) float z[kArrivals];
     alignas(64) int32_t drawn[kArrivals];  // classes, from 0 on
-    alignas(64) S clean[kArrivals + kLanes] = {}, shift[kArrivals + kLanes] = {};
+    alignas(64) S clean[kArrivals + kLanes], shift[kArrivals + kLanes];
     uint32_t done = 0;  // pairs of arrivals behind us
     int64_t walked = 0;
     for (int round = 0; n_active; ++round) {
       int pairs = round ? 8 : ((int)average + 8) / 8 * 4;
-      const int most = kArrivals / 2 / n_active;
-      pairs = pairs < 1 ? 1 : pairs > most ? most : pairs;
+      const int most = kArrivals / 2 / n_active / 4 * 4;
+      pairs = pairs > most ? most : pairs;
       if (round > 1) pairs = most < 16 ? most : 16;
       const int calls = n_active * pairs, padded = round_up(calls, kLanes);
       for (int a = 0; a < n_active; ++a)
-        for (int i = 0; i < pairs; ++i) {
-          c0[a * pairs + i] = done + (uint32_t)i;
-          c2[a * pairs + i] = (uint32_t)(b0 + active[a]);
+        for (int i = 0; i < pairs; i += 4) {
+          const uint32_t first = done + (uint32_t)i, sample = (uint32_t)(b0 + active[a]);
+          store(Four{first, first + 1, first + 2, first + 3}, c0 + a * pairs + i);
+          store(Four{sample, sample, sample, sample}, c2 + a * pairs + i);
         }
       for (int i = calls; i < padded; ++i) c0[i] = c2[i] = 0;
       philox_block(keys, c0, row, c2, 0, 1 + (uint32_t)p.first_class, padded, words[0], words[1], words[2], words[3]);
@@ -260,8 +281,7 @@ struct Row {
       for (int i = 0; i < 2 * padded; ++i) z[i] = arrival_time(times[i], inverse_l);
       for (int i = 0; i < 2 * padded; i += Vector<float>::n) store(hazard_quantile<Wide>(Wide::load(z + i)), z + i);
       for (int i = 0; i < 2 * padded; ++i) shift[i] = epsilon * (S)z[i];
-      for (int i = 0; i < padded; ++i) drawn[2 * i] = (int32_t)(((uint64_t)words[1][i] * n_classes) >> 32);
-      for (int i = 0; i < padded; ++i) drawn[2 * i + 1] = (int32_t)(((uint64_t)words[3][i] * n_classes) >> 32);
+      scaled_pairs(words[1], words[3], (uint32_t)p.n_classes, padded, drawn);
       for (int i = 0; i < 2 * calls; ++i) clean[i] = widen(scores[drawn[i]]);
       int still = 0;
       for (int a = 0; a < n_active; ++a) {
