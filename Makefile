@@ -37,12 +37,12 @@ bench: build
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(FORMAT_CPP) --dry-run --Werror csrc/*.h csrc/*.cpp
+	$(FORMAT_CPP) --dry-run --Werror csrc/*.h csrc/*.cpp tests/*.cpp
 
 format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(FORMAT_CPP) -i csrc/*.h csrc/*.cpp
+	$(FORMAT_CPP) -i csrc/*.h csrc/*.cpp tests/*.cpp
 
 gpu:
 	@echo "this version has no GPU kernels; 'make test' tests what there is" && false

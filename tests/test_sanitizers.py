@@ -1,0 +1,22 @@
+"""Contract under test: the CPU search touches no byte that is not its own, and has no undefined behaviour."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "-O1 -std=c++17 -w -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ and its sanitizers")
+def test_random_requests(tmp_path):
+    sources = [*sorted((ROOT / "csrc").glob("topk_cpu_*.cpp")), ROOT / "tests" / "search_fuzz.cpp"]
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+    for source, target in zip(sources, objects):
+        subprocess.run(["g++", *FLAGS, *SANITIZE, f"-I{ROOT / 'csrc'}", "-c", source, "-o", target], check=True)
+    subprocess.run(["g++", *SANITIZE, *objects, "-o", tmp_path / "fuzz"], check=True)
+    done = subprocess.run([tmp_path / "fuzz"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "ok\n", done.stderr[-4000:]
