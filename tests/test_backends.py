@@ -33,14 +33,6 @@ NEEDS_CPP = pytest.mark.skipif(not ops.HAS_CPP, reason="two backends are compare
 SEARCH = dict(derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @contextmanager
 def running(form):
     """The backend that a form names, with its instruction set chosen; the best one is chosen again afterwards."""

@@ -37,14 +37,6 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def compiler():
     """A backend of torch.compile without code generation, which counts the graphs it is given."""

@@ -42,14 +42,6 @@ def raises(error, message):
     return pytest.raises(error, match=re.escape(message))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("function", CALLS)
 def test_the_good_arguments_are_good(function):
     CALLS[function]()
