@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import pickle
 import shutil
 import weakref
@@ -397,6 +398,7 @@ def test_inputs_stay_as_they_are():
 
 def _train_one_step(rank, world, backend, store, out):
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # both are here: no look-up of the machine's name
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Linear(8, L))
@@ -404,6 +406,7 @@ def _train_one_step(rank, world, backend, store, out):
     BalNoisedTopK(K, 1.0, seed=10 + rank, backend=backend)(model(features), y).backward()
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], out)
+    torch.distributed.barrier()  # neither leaves while the other still talks to it
     torch.distributed.destroy_process_group()
 
 
