@@ -17,10 +17,6 @@ _C = pytest.importorskip("topk_fast._C", reason="the C++ kernels are not built")
 FORMS = ["torch", "cpp"] if ops.HAS_CPP else ["torch"]
 
 
-def floats(bits):
-    return np.array(bits, np.uint32).view(np.float32)
-
-
 def call(form, name, x):
     """The named function of the contract on a NumPy array, as raw bits."""
     if form == "cpp":

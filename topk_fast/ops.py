@@ -143,7 +143,7 @@ def _reduce(losses, n_valid, reduction):
 class _Search(Function):
     """Scores to smoothed values or, with a target, to losses and their reduction; keeps the class ids alone.
 
-    A reduction inside saves the graph two nodes, which cost small batches as much as the search.
+    The reduction is inside, which saves the graph two nodes.
     """
 
     @staticmethod
@@ -158,7 +158,7 @@ class _Search(Function):
     def _keep(ctx, inputs, result, classes, n_valid):
         scores, target, scale, reduction, suffix, _ = inputs
         ctx.save_for_backward(result, classes, target, n_valid if reduction == "mean" else None)
-        ctx.scale, ctx.reduction, ctx.suffix = scale, reduction, suffix
+        ctx.scale, ctx.suffix = scale, suffix
         ctx.n_classes, ctx.dtype = scores.shape[1], scores.dtype
 
     @staticmethod
@@ -182,7 +182,7 @@ class _Search(Function):
 
 
 class _TransformedSearch(_Search):
-    """For torch.func, which wants what the backward needs among the outputs; twice the cost of a call."""
+    """For torch.func, which wants what the backward needs among the outputs: a dearer call."""
 
     @staticmethod
     def forward(scores, target, scale, reduction, suffix, op_args):
