@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import BACKENDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from topk_fast import available_backends, noise, ops, reference
+from topk_fast import noise, ops, reference
 from topk_fast.functional import (
     bal_noised_topk_loss,
     imbal_noised_topk_loss,
@@ -27,7 +28,6 @@ KNOWN = [
     if name in case  # long rows have no dense lists
 ]
 INF, NAN = float("inf"), float("nan")
-BACKENDS = available_backends("cpu")
 FORMS = [f"cpp:{isa}" for isa in _C.isas()] + ["torch"] if ops.HAS_CPP else ["torch"]
 NEEDS_CPP = pytest.mark.skipif(not ops.HAS_CPP, reason="two backends are compared and the C++ kernels are not built")
 SEARCH = dict(derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -128,24 +128,26 @@ def affordable(n_classes, k, n_sample):
     return (k, n_sample) if n_classes <= 3000 else (min(k, 21), min(n_sample, 5))
 
 
-KNOWN_IDS = [f"{name}-{c['scores']}-L{c['L']}-k{c['k']}-epsilon{c['epsilon']}" for c, name in KNOWN]
-
-
-@pytest.mark.parametrize("case, name", KNOWN, ids=KNOWN_IDS)
-def test_known_answers(form, case, name):
-    classes = torch.arange(case["L"])
-    seed = torch.tensor(case["seed"])
-    words = noise.philox(classes, 1000, 0, 0, seed)
+def known_scores(case):
+    """The row that a known answer names, made from the contract's own noise."""
+    words = noise.philox(torch.arange(case["L"]), 1000, 0, 0, torch.tensor(case["seed"]))
     z = noise.normal(words[0])
-    scores = {
+    return {
         "normal": lambda: z,
         "flat": lambda: torch.zeros_like(z),
         "ties": lambda: (z * 4).round() * 0.25,
         "masked": lambda: z.masked_fill(words[1] < 0xE0000000, -INF),
         "spiky": lambda: (z * z) * z,
     }[case["scores"]]()
+
+
+KNOWN_IDS = [f"{name}-{c['scores']}-L{c['L']}-k{c['k']}-epsilon{c['epsilon']}" for c, name in KNOWN]
+
+
+@pytest.mark.parametrize("case, name", KNOWN, ids=KNOWN_IDS)
+def test_known_answers(form, case, name):
     values, found = noised_topk_candidates(
-        scores[None], case["k"], case["epsilon"], case["n_sample"],
+        known_scores(case)[None], case["k"], case["epsilon"], case["n_sample"],
         seed=case["seed"], first_row=case["row"], sampler=name, backend=form,
     )  # fmt: skip
     assert found[0].tolist() == case[name]["class"]

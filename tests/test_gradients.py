@@ -9,9 +9,10 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import BACKENDS
 from torch.autograd import gradcheck, gradgradcheck
 
-from topk_fast import available_backends, reference
+from topk_fast import reference
 from topk_fast.functional import (
     bal_noised_topk_loss,
     class_margins,
@@ -20,7 +21,6 @@ from topk_fast.functional import (
     noised_topk_candidates,
 )
 
-BACKENDS = available_backends("cpu")
 SEED = 2022
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 LOSSES = {

@@ -13,10 +13,11 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import BACKENDS
 
 import topk_fast
-from topk_fast import available_backends, reference
 from topk_fast import functional as ours
+from topk_fast import reference
 
 pytopk = pytest.importorskip("pytopk", reason="parity with pytopk needs the package itself: pip install pytopk")
 theirs = importlib.import_module("pytopk.functional")
@@ -24,7 +25,6 @@ their_noised_topk = importlib.import_module("pytopk.noised_topk")._noised_topk
 
 U = 2.0**-24  # unit roundoff of float32, the arithmetic of both packages
 SEED = 1234
-BACKENDS = available_backends("cpu")
 MODULES = ["NoisedTopK", "BalNoisedTopK", "ImbalNoisedTopK"]
 
 

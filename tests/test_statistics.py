@@ -10,9 +10,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import BACKENDS
 from scipy import integrate, stats
 
-from topk_fast import available_backends, reference
+from topk_fast import reference
 from topk_fast.functional import noised_topk, noised_topk_candidates
 
 # A right sampler falls below this in about one of 10,000 p-values. The tests look at some 700, so the chance that
@@ -20,7 +21,6 @@ from topk_fast.functional import noised_topk, noised_topk_candidates
 # show that errors as small as a noise 5 % too wide give p-values many orders of magnitude lower.
 LEVEL = 1e-4
 
-BACKENDS = available_backends("cpu")
 needs_cpp = pytest.mark.skipif("cpp" not in BACKENDS, reason="too slow without the C++ kernels")
 ROWS = 40  # the samples of a case come from so many rows of equal scores
 

@@ -9,10 +9,11 @@ import weakref
 
 import pytest
 import torch
+from conftest import BACKENDS
 from torch import nn
 from torch.nn import functional as F
 
-from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NormedLinear, available_backends
+from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NormedLinear
 from topk_fast.functional import (
     bal_noised_topk_loss,
     imbal_noised_topk_loss,
@@ -20,7 +21,6 @@ from topk_fast.functional import (
     noised_topk_candidates,
 )
 
-BACKENDS = available_backends("cpu")
 SUFFIXES = ["", "_torch"] if "cpp" in BACKENDS else ["_torch"]
 N, L, K = 6, 300, 5
 INF, NAN = float("inf"), float("nan")

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import BACKENDS
 
 from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, available_backends
 from topk_fast.functional import (
@@ -17,7 +18,6 @@ from topk_fast.functional import (
 
 N, L, K = 4, 100, 5
 NAN, INF = float("nan"), float("inf")
-BACKENDS = available_backends("cpu")
 X = torch.randn(N, L, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(N)
 MARGINS = torch.linspace(0.1, 1.0, L)
@@ -328,7 +328,7 @@ def test_unknown_backend(function, bad):
 
 
 @every_function
-@pytest.mark.parametrize("backend", [b for b in ("cpp", "triton", "cuda") if b not in BACKENDS])
+@pytest.mark.parametrize("backend", [b for b in ("cpp", "triton", "cuda") if b not in available_backends("cpu")])
 def test_unavailable_backend_names_a_remedy(function, backend):
     with pytest.raises(RuntimeError, match=f"backend '{backend}' .*not available.*(use|install)"):
         CALLS[function](backend=backend)

@@ -5,6 +5,11 @@
 >>> loss = BalNoisedTopK(k=5, epsilon=1.0)(torch.randn(8, 1000), torch.randint(1000, (8,)))
 """
 
+from pathlib import Path
+
+if not (Path(__file__).parent / "triton_kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))  # a checkout: its triton_kernels lie beside this folder
+
 from . import functional
 from .nn import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NormedLinear
 from .ops import available_backends, build_info

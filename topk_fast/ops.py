@@ -1,10 +1,14 @@
 """The boundary to the backends: schemas, fake kernels, autograd and the choice of a backend.
 
-Every op stands twice in the namespace ``torch.ops.topk_fast``: under its plain name with the compiled kernels (CPU:
-``csrc``, registered when ``_C`` is imported), and with the suffix ``_torch`` with ``reference.py``'s.
+Every op stands three times in the namespace ``torch.ops.topk_fast``: under its plain name with the compiled kernels
+(CPU: ``csrc``, registered when ``_C`` is imported), with the suffix ``_torch`` with ``reference.py``'s, and with
+``_triton`` with ``triton_kernels``', which is imported at its first call.
 """
 
+import importlib
 import importlib.util
+import os
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -44,16 +48,31 @@ def _fake_gradient(grad, result, classes, target, scale, n_classes, dtype):
     return grad.new_empty((classes.shape[0], n_classes), dtype=dtype)
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels run in Python, on the CPU
+
+
+def _on_triton(name):
+    def run(*args):
+        return getattr(importlib.import_module("topk_fast.triton_kernels.launch"), name)(*args)
+
+    return run
+
+
 _LIBRARY = torch.library.Library("topk_fast", "DEF")
 for _name, _schema in _SCHEMAS.items():
-    for _suffix in ("", "_torch"):
+    for _suffix in ("", "_torch", "_triton"):
         _LIBRARY.define(_name + _suffix + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"topk_fast::{_name}{_suffix}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
     _LIBRARY.impl(f"{_name}_torch", getattr(reference, _name), "CompositeExplicitAutograd")
+    if HAS_TRITON:
+        _LIBRARY.impl(f"{_name}_triton", _on_triton(_name), "CUDA")  # HIP's tensors have this key too
+        if INTERPRETED:
+            _LIBRARY.impl(f"{_name}_triton", _on_triton(_name), "CPU")
 
 _OPS = {
     suffix: {name: getattr(torch.ops.topk_fast, name + suffix).default for name in _SCHEMAS}
-    for suffix in ("", "_torch")
+    for suffix in ("", "_torch", "_triton")
 }
 
 HAS_CPP = importlib.util.find_spec("topk_fast._C") is not None
@@ -63,9 +82,14 @@ if HAS_CPP:
 _REMEDY = {
     "cpp": "the C++ kernels are not built: install a C++ compiler, then `pip install --no-build-isolation .` "
     "(or `python setup.py build_ext --inplace` in a checkout)",
-    "cuda": "this version has no CUDA kernels; use backend='torch' or 'auto'",
-    "triton": "this version has no Triton kernels; use backend='torch' or 'auto'",
+    "cuda": "this version has no CUDA kernels; use backend='triton', 'torch' or 'auto'",
+    "triton": "Triton is not installed: `pip install triton`",
 }
+
+# What the Triton kernels search at most; see triton_kernels/launch.py.
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_LARGEST_K = 1024
+_TRITON_LARGEST_L = 2**31 - 2**17
 
 
 def available_backends(device: torch.device | str = "cpu") -> list[str]:
@@ -74,17 +98,21 @@ def available_backends(device: torch.device | str = "cpu") -> list[str]:
     >>> "torch" in available_backends("cpu")
     True
     """
-    return ["cpp", "torch"] if HAS_CPP and torch.device(device).type == "cpu" else ["torch"]
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return ["cpp"] * HAS_CPP + ["torch"] + ["triton"] * (HAS_TRITON and INTERPRETED)
+    return ["triton"] * (HAS_TRITON and kind == "cuda") + ["torch"]
 
 
 def build_info() -> dict:
-    """Facts for a bug report: torch's version and, where the C++ kernels are built, compiler and instruction sets.
+    """Facts for a bug report: versions and, where the C++ kernels are built, compiler and instruction sets.
 
     >>> sorted(build_info())
-    ['compiler', 'contract', 'cpp', 'instruction_sets', 'torch']
+    ['compiler', 'contract', 'cpp', 'instruction_sets', 'torch', 'triton']
     """
     return {
         "torch": torch.__version__,
+        "triton": version("triton") if HAS_TRITON else None,
         "contract": noise.VERSION,
         "cpp": HAS_CPP,
         "compiler": _C.compiler() if HAS_CPP else None,
@@ -92,19 +120,41 @@ def build_info() -> dict:
     }
 
 
-def suffix(backend: str, device: torch.device) -> str:
+def _unfit_for_triton(scores: Tensor, k: int) -> str | None:
+    """Why the Triton kernels cannot search these scores, or None."""
+    if scores.device.type != "cuda" and not (INTERPRETED and scores.device.type == "cpu"):
+        return (
+            f"runs on CUDA and HIP tensors, got scores on {scores.device} (with TRITON_INTERPRET=1 in the environment "
+            "it runs on the CPU too, for debugging)"
+        )
+    if scores.dtype not in _TRITON_DTYPES:
+        return f"takes float32, bfloat16 or float16 scores, got {scores.dtype}"
+    if k > _TRITON_LARGEST_K:
+        return f"searches for up to {_TRITON_LARGEST_K} scores (K + 1 for the losses), got {k}"
+    if scores.shape[1] > _TRITON_LARGEST_L:
+        return f"takes up to {_TRITON_LARGEST_L} classes, got {scores.shape[1]}"
+    return None
+
+
+def suffix(backend: str, scores: Tensor, k: int) -> str:
     """The op suffix of a named backend, or of the best one for "auto"; raises where it cannot run."""
-    on_cpu = device.type == "cpu"
+    on_cpu = scores.device.type == "cpu"
     if backend == "torch":
         return "_torch"
     if backend == "auto":
-        return "" if HAS_CPP and on_cpu else "_torch"
+        if HAS_CPP and on_cpu:
+            return ""
+        return "_triton" if HAS_TRITON and not on_cpu and not _unfit_for_triton(scores, k) else "_torch"
     if backend not in _REMEDY:
         raise ValueError(f"backend must be 'auto', 'torch', 'cpp', 'cuda' or 'triton', got {backend!r}")
     if backend == "cpp" and HAS_CPP:
         if on_cpu:
             return ""
-        raise ValueError(f"backend 'cpp' runs on CPU tensors, got scores on {device}")
+        raise ValueError(f"backend 'cpp' runs on CPU tensors, got scores on {scores.device}")
+    if backend == "triton" and HAS_TRITON:
+        if unfit := _unfit_for_triton(scores, k):
+            raise ValueError(f"backend 'triton' {unfit}")
+        return "_triton"
     raise RuntimeError(f"backend {backend!r} is not available: {_REMEDY[backend]}")
 
 
@@ -194,14 +244,14 @@ class _TransformedSearch(_Search):
         _Search._keep(ctx, inputs, *output[1:])
 
 
-def candidates(scores: Tensor, *args, backend: str) -> tuple[Tensor, Tensor]:
+def candidates(scores: Tensor, seed, k, *args, backend: str) -> tuple[Tensor, Tensor]:
     """The op ``candidates``, without gradient; arguments as in its schema."""
-    return _OPS[suffix(backend, scores.device)]["candidates"](scores.detach(), *args)
+    return _OPS[suffix(backend, scores, k)]["candidates"](scores.detach(), seed, k, *args)
 
 
-def smoothed(scores: Tensor, *args, backend: str) -> Tensor:
+def smoothed(scores: Tensor, seed, k, *args, backend: str) -> Tensor:
     """Differentiable smoothed k-th largest value [N]; arguments as in the op's schema."""
-    return _search(scores, None, 1.0, None, suffix(backend, scores.device), args)
+    return _search(scores, None, 1.0, None, suffix(backend, scores, k), (seed, k, *args))
 
 
 def loss(
@@ -210,7 +260,7 @@ def loss(
 ) -> Tensor:  # fmt: skip
     """Differentiable loss, [N] or reduced; arguments as in the op's schema."""
     args = (target, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense)
-    return _search(scores, target, scale, reduction, suffix(backend, scores.device), args)
+    return _search(scores, target, scale, reduction, suffix(backend, scores, k), args)
 
 
 def _search(*args):

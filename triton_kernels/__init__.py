@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``topk_fast.triton_kernels``; this version has none yet."""
+"""Triton kernels, installed as ``topk_fast.triton_kernels``."""

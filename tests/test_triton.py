@@ -1,0 +1,492 @@
+"""Contract under test: backend "triton" gives the bits of the C++ kernel, for values, classes, losses and gradients.
+
+On a GPU where there is one; else in Triton's interpreter, which runs the same kernels, one program after another, on
+CPU tensors. The cases are those of test_backends.py, fewer of them in the interpreter, which takes a second a row.
+"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKENDS
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from test_backends import (
+    EPSILONS,
+    KINDS,
+    KNOWN,
+    KNOWN_IDS,
+    SEEDS,
+    assert_same,
+    dense_oracle,
+    equal_scores_under_a_mask,
+    known_scores,
+    merge,
+    randn,
+    scores_of,
+)
+
+from topk_fast import BalNoisedTopK, available_backends, noise, ops
+from topk_fast.functional import bal_noised_topk_loss, imbal_noised_topk_loss, noised_topk, noised_topk_candidates
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+pytestmark = pytest.mark.skipif("triton" not in available_backends(DEVICE), reason="Triton is not installed")
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams, graphs and 4 GiB tensors are not interpreted")
+if ops.HAS_TRITON:
+    from topk_fast.triton_kernels import launch
+ORACLE = BACKENDS[0]
+INF, NAN = float("inf"), float("nan")
+
+if ON_GPU:
+    EXAMPLES = 60
+    LENGTHS = LENGTHS_DENSE = st.one_of(st.integers(2, 300), st.sampled_from([513, 1000, 2049, 4097, 20_011, 200_001]))
+    RANKS, SAMPLES = st.one_of(st.integers(1, 22), st.integers(1, 130)), st.integers(1, 70)
+else:  # sizes that the interpreter does in a second or two; test_shapes has single larger ones
+    EXAMPLES = 5
+    LENGTHS = st.one_of(st.integers(2, 300), st.sampled_from([15, 16, 17, 63, 64, 65, 129, 255, 513, 1000, 2049]))
+    LENGTHS_DENSE = st.integers(2, 150)
+    RANKS, SAMPLES = st.sampled_from([1, 2, 6, 6, 11, 21]), st.sampled_from([1, 4, 5, 8, 9])
+SEARCH = dict(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+SEARCH["suppress_health_check"] = list(HealthCheck)
+PARTS = st.sampled_from([1, 1, 2, 4])  # programs a row in the first launch; the launcher's own choice is by shape
+
+
+@pytest.fixture(autouse=True)
+def interpreted_infinities():
+    """NumPy warns of inf - inf and x / 0, where the kernels mean them and hardware says nothing."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+def run(backend, function, scores, *args, grad=None, **more):
+    """Outputs of a function, with the gradient where one is asked for, on the CPU; triton on DEVICE."""
+    if backend == "triton":
+        scores, *args = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in (scores, *args))
+    if grad is None:
+        out = function(scores, *args, backend=backend, **more)
+        return tuple(x.cpu() for x in out) if isinstance(out, tuple) else (out.cpu(),)
+    leaf = scores.detach().requires_grad_()
+    out = function(leaf, *args, backend=backend, **more)
+    out.backward(grad.to(out))
+    return out.detach().cpu(), leaf.grad.cpu()
+
+
+def check(function, *args, note="", **more):
+    """Raises unless triton's bits are the oracle's; returns them."""
+    expected = run(ORACLE, function, *args, **more)
+    assert_same(run("triton", function, *args, **more), expected, note)
+    return expected
+
+
+@pytest.fixture(params=["thinned", "dense"])
+def sampler(request):
+    return request.param
+
+
+# Bits
+
+
+@pytest.mark.parametrize("case, name", KNOWN, ids=KNOWN_IDS)
+def test_known_answers(case, name):
+    if name == "dense" and case["L"] > 1000 and not ON_GPU:
+        pytest.skip("the interpreter would take a minute for each")
+    values, classes = run(
+        "triton", noised_topk_candidates, known_scores(case)[None], case["k"], case["epsilon"], case["n_sample"],
+        seed=case["seed"], first_row=case["row"], sampler=name,
+    )  # fmt: skip
+    assert classes[0].tolist() == case[name]["class"]
+    assert (values[0].view(torch.int32).to(torch.int64) & 0xFFFFFFFF).tolist() == case[name]["value_bits"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(**SEARCH)
+@given(data=st.data())
+def test_candidates(kind, data):
+    name = data.draw(st.sampled_from(["thinned", "thinned", "dense"]), "sampler")
+    n_classes = data.draw(LENGTHS_DENSE if name == "dense" else LENGTHS, "n_classes")
+    n_sample, k = data.draw(SAMPLES, "n_sample"), data.draw(RANKS, "k")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
+    scores = scores_of(kind, dtype, data.draw(st.integers(1, 2)), n_classes, data.draw(st.integers(0, 2**31)))
+    with pytest.MonkeyPatch.context() as patch:
+        parts = data.draw(PARTS, "parts")
+        patch.setattr(launch, "row_parts", lambda *shape: parts)
+        check(
+            noised_topk_candidates, scores, k, data.draw(EPSILONS, "epsilon"), n_sample,
+            seed=data.draw(SEEDS, "seed"), first_row=data.draw(st.sampled_from([0, 5, 2**31]), "first_row"),
+            first_class=data.draw(st.sampled_from([0, 1000, 2**30]), "first_class"), sampler=name,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(**SEARCH)
+@given(data=st.data())
+def test_losses_and_gradients(kind, data):
+    name = data.draw(st.sampled_from(["thinned", "thinned", "dense"]), "sampler")
+    n_classes = data.draw(LENGTHS_DENSE if name == "dense" else LENGTHS, "n_classes")
+    n_rows, n_sample = data.draw(st.integers(1, 3), "n_rows"), data.draw(SAMPLES, "n_sample")
+    k = min(data.draw(RANKS, "k"), n_classes - 1)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
+    data_seed = data.draw(st.integers(0, 2**31), "data_seed")
+    scores = scores_of(kind, dtype, n_rows, n_classes, data_seed)
+    generator = torch.Generator().manual_seed(data_seed)
+    target = torch.randint(n_classes, (n_rows,), generator=generator)
+    target[torch.rand(n_rows, generator=generator) < 0.2] = -100
+    margins = torch.rand(n_classes, generator=generator)
+    grad = torch.randn(n_rows, generator=generator)
+    if data.draw(st.booleans(), "coarse_grad"):
+        grad = grad.sign()  # counts show as they are
+    what, epsilon = data.draw(st.sampled_from(["value", "balanced", "imbalanced"]), "what"), data.draw(EPSILONS)
+    more = dict(grad=grad, seed=data.draw(SEEDS, "seed"), sampler=name)
+    if what == "value":
+        check(noised_topk, scores, k, epsilon, n_sample, **more)
+    elif what == "balanced":
+        check(bal_noised_topk_loss, scores, target, k, epsilon, n_sample, reduction="none", **more)
+    else:
+        scale = data.draw(st.sampled_from([1.0, 50.0, 0.3]), "scale")
+        check(imbal_noised_topk_loss, scores, target, k, margins, epsilon, scale, n_sample, reduction="none", **more)
+
+
+@pytest.mark.parametrize(
+    "n_rows, n_classes, k, n_sample",
+    [(1, 20_011, 6, 10), (1, 131_072, 6, 5), (1, 120, 101, 64), (1, 3000, 101, 5), (70, 9, 2, 3), (1, 1025, 1024, 1)],
+    ids=["ten thousands", "a long row", "all of k, many samples", "large k", "rows outnumber programs", "largest k"],
+)
+def test_shapes(n_rows, n_classes, k, n_sample):
+    check(noised_topk_candidates, randn(n_rows, n_classes), k, 1.0, n_sample, seed=3)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_more_contenders_than_a_list_holds(monkeypatch, parts):
+    """The plan looks at every other group of 8; the classes between are all above the cut, 4500 for 1024 places."""
+    monkeypatch.setattr(launch, "row_parts", lambda *shape: parts)
+    assert noise.plan(9000, 6)[:2] == (8, 2)
+    scores = randn(1, 9000) + (torch.arange(9000) // 8 % 2) * 20.0
+    check(noised_topk_candidates, scores, 6, 1.0, 5, seed=3)
+
+
+@pytest.mark.parametrize("k, finite", [(100, 100), (6, 500)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_masked_rows(monkeypatch, parts, k, finite):
+    monkeypatch.setattr(launch, "row_parts", lambda *shape: parts)
+    check(noised_topk_candidates, equal_scores_under_a_mask(20_000, k, finite), k, 1.0, 2, seed=5)
+
+
+@pytest.mark.parametrize("kind", ["normal", "zeros of both signs", "ties"])
+def test_dense_is_a_sort_of_all_noised_scores(kind):
+    scores = scores_of(kind, torch.float32, 2, 129, 1)
+    given = run("triton", noised_topk_candidates, scores, 5, 0.5, 9, seed=3, sampler="dense")
+    assert_same(given, dense_oracle(scores, 5, 0.5, 9, 3))
+
+
+@pytest.mark.parametrize("bounds", [(1, 100), (3, 4, 5), (128,)], ids=str)
+def test_dense_class_slices_merge_to_the_whole(bounds):
+    scores, edges = scores_of("ties", torch.float32, 2, 200, 3), [0, *bounds, 200]
+    more = dict(seed=11, first_row=7, sampler="dense")
+    parts = [
+        run("triton", noised_topk_candidates, scores[:, a:b], 21, 1.0, 5, first_class=a, **more)
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    assert_same(merge(parts, 21), run("triton", noised_topk_candidates, scores, 21, 1.0, 5, **more))
+
+
+def test_row_slices_equal_the_whole(sampler):
+    scores, first = randn(5, 300), 2**31 - 4
+    whole = run("triton", noised_topk_candidates, scores, 6, 1.0, 5, seed=-5, first_row=first, sampler=sampler)
+    for n in range(5):
+        part = run(
+            "triton", noised_topk_candidates, scores[n : n + 1], 6, 1.0, 5, seed=-5, first_row=first + n,
+            sampler=sampler,
+        )  # fmt: skip
+        assert_same(part, tuple(x[n : n + 1] for x in whole), f"row {n}")
+
+
+def test_the_last_classes_that_int32_can_name(sampler):
+    check(noised_topk_candidates, randn(2, 300), 6, 0.5, 5, seed=1, first_class=2**31 - 301, sampler=sampler)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 + 7, 2**63 - 1, -1, -(2**63)])
+def test_seeds(seed):
+    check(noised_topk_candidates, randn(1, 200), 3, 1.0, 5, seed=seed)
+
+
+LAYOUTS = {
+    "row slices": lambda x: x[::2],
+    "class slices, unaligned": lambda x: x[:, 3:1203],
+    "offset by one": lambda x: x.flatten()[1:-1299].view(-1, 1300),
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every third class": lambda x: x[:, ::3],
+    "one row expanded": lambda x: x[:1].expand(3, -1),
+    "one score expanded": lambda x: x[:1, :1].expand(2, 500),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_scores_are_read_in_place(monkeypatch, layout, dtype):
+    scores = LAYOUTS[layout](randn(4, 1300).to(dtype).to(DEVICE))
+    expected = run(ORACLE, noised_topk_candidates, scores.cpu().contiguous(), 4, 1.0, 5, seed=4)
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: pytest.fail("a copy of the scores"))
+    assert_same(run("triton", noised_topk_candidates, scores, 4, 1.0, 5, seed=4), expected)
+
+
+def test_strided_gradients_and_labels():
+    scores, target = randn(3, 300), torch.tensor([5, 0, 7, 0, 299])[::2]
+    grad = torch.ones(1).expand(3)
+    check(bal_noised_topk_loss, scores, target, 5, 1.0, 5, grad=grad, seed=4, reduction="none")
+    out = bal_noised_topk_loss(scores.to(DEVICE).requires_grad_(), target.to(DEVICE), 5, seed=4, backend="triton")
+    out.backward()  # an expanded gradient of the mean
+
+
+@pytest.mark.parametrize("n_rows, n_classes", [(3, 4096), (5, 1365), (2, 12_000), (300, 7), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradient_across_blocks_and_rows(n_rows, n_classes, dtype):
+    """The op alone: classes that repeat, true classes among them or not, closed gates, NaN rows, at block edges."""
+    generator = torch.Generator().manual_seed(1)
+    classes = torch.randint(-1, n_classes, (n_rows, 70), generator=generator)
+    classes[:, :40] = classes[:, :1]
+    classes[0, 5], classes[-1, 6] = 0, n_classes - 1
+    target = classes[:, 50].clamp(min=0)
+    grad, result = torch.randn(n_rows, generator=generator), torch.rand(n_rows, generator=generator) - 0.3
+    result[n_rows // 2] = NAN
+    for y in (target, None):
+        args = (grad, result, classes, y)
+        expected = torch.ops.topk_fast.gradient_torch(*args, 3.0, n_classes, dtype)
+        on_device = (None if x is None else x.to(DEVICE) for x in args)
+        given = torch.ops.topk_fast.gradient_triton(*on_device, 3.0, n_classes, dtype)
+        assert_same(given.cpu(), expected)
+
+
+def test_ignored_rows_and_reductions():
+    scores, target = randn(40, 30), torch.arange(40) % 30
+    target[::3] = -7
+    for reduction in ("none", "sum", "mean"):
+        check(
+            bal_noised_topk_loss,
+            scores,
+            target,
+            3,
+            seed=2,
+            ignore_index=-7,
+            reduction=reduction,
+            grad=torch.ones(40) if reduction == "none" else torch.ones(()),
+        )
+    target.fill_(-7)
+    losses, grad = run(
+        "triton", bal_noised_topk_loss, scores, target, 3, seed=2, ignore_index=-7, reduction="sum", grad=torch.ones(())
+    )
+    assert losses == 0 and (grad == 0).all()
+
+
+def test_empty_batch():
+    x, y = torch.empty(0, 9, device=DEVICE).requires_grad_(), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    out = bal_noised_topk_loss(x, y, 2, reduction="sum", backend="triton")
+    out.backward()
+    assert out == 0 and x.grad.shape == (0, 9)
+    assert bal_noised_topk_loss(x, y, 2, backend="triton").isnan()
+    values, classes = noised_topk_candidates(x, 3, backend="triton")
+    assert values.shape == classes.shape == (0, 5, 3)
+
+
+# Systems
+
+
+def test_opcheck():
+    scores, target = randn(2, 150).to(DEVICE), torch.tensor([3, -100], device=DEVICE)
+    seed, margins = torch.tensor(3, device=DEVICE), torch.ones(150, device=DEVICE)
+
+    def check_op(op, *args):
+        torch.library.opcheck(getattr(torch.ops.topk_fast, op + "_triton").default, args)
+
+    check_op("candidates", scores, seed, 5, 1.0, 4, 2, 1000, False)
+    check_op("smoothed", scores.to(torch.bfloat16), seed, 5, 1.0, 4, False)
+    check_op("loss", scores, target, margins, seed, 5, 1.0, 4, 50.0, -100, False)
+    losses, classes, _ = torch.ops.topk_fast.loss_triton(scores, target, None, seed, 5, 1.0, 4, 1.0, -100, False)
+    check_op("gradient", torch.ones(2, device=DEVICE), losses, classes, target, 50.0, 150, torch.bfloat16)
+
+
+def test_one_graph_for_all_seeds():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(x, y, seed):
+        return bal_noised_topk_loss(x * 2, y, 5, seed=seed, backend="triton")
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    x, y = randn(2, 200).to(DEVICE), torch.tensor([3, 4], device=DEVICE)
+    for seed in (0, -5, 2**63 - 1):
+        seed = torch.tensor(seed, device=DEVICE)
+        results = []
+        for function in (compiled, step):
+            leaf = x.clone().requires_grad_()
+            out = function(leaf, y, seed)
+            out.backward()
+            results.append((out.detach(), leaf.grad))
+        assert_same(*results)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_func_grad():
+    x, y = randn(2, 100).to(DEVICE), torch.tensor([3, 4], device=DEVICE)
+    step = lambda x: bal_noised_topk_loss(x, y, 5, seed=2, backend="triton")  # noqa: E731
+    leaf = x.clone().requires_grad_()
+    step(leaf).backward()
+    assert_same(torch.func.grad(step)(x), leaf.grad)
+
+
+def test_autocast_and_determinism():
+    torch.manual_seed(0)
+    layer, y = torch.nn.Linear(16, 200).to(DEVICE), torch.tensor([3, 4], device=DEVICE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            logits = layer(torch.ones(2, 16, device=DEVICE))
+            loss = BalNoisedTopK(5, 1.0, seed=1, backend="triton")(logits, y)
+        loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert_same(loss.detach().cpu(), run(ORACLE, bal_noised_topk_loss, logits.detach().cpu(), y.cpu(), 5, seed=1)[0])
+    assert layer.weight.grad.count_nonzero() > 0
+
+
+@on_gpu
+def test_no_wait_and_no_memory_beyond_a_share_of_the_scores():
+    scores, target = torch.randn(4096, 32_768, device=DEVICE), torch.arange(4096, device=DEVICE)
+    seed = torch.tensor(1, device=DEVICE)
+    step = lambda: bal_noised_topk_loss(scores, target, 5, 1.0, 10, seed=seed)  # noqa: E731
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < scores.numel() * 4 / 10
+
+
+@on_gpu
+def test_cuda_graph_with_a_seed_that_changes():
+    scores, target = torch.randn(64, 5000, device=DEVICE).requires_grad_(), torch.arange(64, device=DEVICE)
+    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    step = lambda: bal_noised_topk_loss(scores, target, 5, seed=seed, backend="triton")  # noqa: E731
+    step().backward()
+    graph = torch.cuda.CUDAGraph()
+    scores.grad = None
+    with torch.cuda.graph(graph):
+        out = step()
+        (grad,) = torch.autograd.grad(out, scores)
+    for value in (1, -2):
+        seed.fill_(value)
+        graph.replay()
+        expected = step()
+        assert_same((out.detach(), grad), (expected.detach(), torch.autograd.grad(expected, scores)[0]))
+
+
+@on_gpu
+def test_another_stream():
+    scores = torch.randn(64, 5000, device=DEVICE)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = scores * 2
+        given = noised_topk(late, 5, seed=1, backend="triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same(given.cpu(), noised_topk(scores.cpu() * 2, 5, seed=1))
+
+
+@on_gpu
+def test_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    scores = torch.randn(8, 5000)
+    assert_same(noised_topk(scores.to("cuda:1"), 5, seed=1, backend="triton").cpu(), noised_topk(scores, 5, seed=1))
+
+
+@on_gpu
+def test_more_than_two_to_the_31_scores():
+    n_rows, n_classes = 2200, 1_000_003
+    scores = torch.randn(n_rows, n_classes, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    target = torch.arange(n_rows, device=DEVICE)
+    losses = bal_noised_topk_loss(scores, target, 5, seed=1, reduction="none", backend="triton")
+    losses.sum().backward()
+    for n in (0, n_rows - 1):
+        values, classes = noised_topk_candidates(scores.detach()[n : n + 1].cpu(), 6, first_row=n, seed=1)
+        top = values[0, :, -1]
+        expected = ((1 + sum(top[1:], start=top[0]) * 0.2) - scores[n, n].detach().cpu().float()).relu()
+        assert_same(losses[n].detach().cpu(), expected)
+        filled = scores.grad[n].nonzero().flatten().cpu()
+        assert set(filled.tolist()) == (set(classes[0, :, -1].tolist()) | {n})
+
+
+# Availability and errors
+
+
+def test_auto_choice():
+    expected = "_triton" if ON_GPU else ("" if ops.HAS_CPP else "_torch")
+    assert ops.suffix("auto", randn(2, 9).to(DEVICE), 3) == expected
+    if ON_GPU:
+        assert available_backends("cuda") == ["triton", "torch"]
+        assert ops.suffix("auto", randn(2, 9).double().to(DEVICE), 3) == "_torch"
+
+
+def test_what_it_does_not_take():
+    with pytest.raises(ValueError, match="'triton' takes float32, bfloat16 or float16 scores, got torch.float64"):
+        noised_topk(randn(2, 9).double().to(DEVICE), 3, backend="triton")
+    with pytest.raises(
+        ValueError, match=r"'triton' searches for up to 1024 scores \(K \+ 1 for the losses\), got 1025"
+    ):
+        bal_noised_topk_loss(
+            randn(1, 2000).to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE), 1024, backend="triton"
+        )
+    scores = torch.zeros(1, 1, device=DEVICE).expand(1, 2**31 - 2)
+    with pytest.raises(ValueError, match="'triton' takes up to 2147352576 classes, got 2147483646"):
+        noised_topk(scores, 3, backend="triton")
+
+
+@pytest.mark.skipif(ON_GPU, reason="a wrong label stops the device for good, as it does in torch's own losses")
+def test_wrong_labels_are_named():
+    with pytest.raises(IndexError, match=r"target must be in \[0, L - 1\] = \[0, 8\] or ignore_index = -100, got 9"):
+        bal_noised_topk_loss(randn(2, 9), torch.tensor([1, 9]), 3, backend="triton")
+
+
+def python(code):
+    """Runs code in a process of its own, without the interpreter's switch; its output."""
+    import os
+
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_cpu_tensors_without_the_interpreter():
+    code = (
+        "import torch, topk_fast\n"
+        "try: topk_fast.NoisedTopK(2, backend='triton')(torch.randn(2, 9))\n"
+        "except ValueError as error: print(error)"
+    )
+    assert "runs on CUDA and HIP tensors, got scores on cpu (with TRITON_INTERPRET=1" in python(code)
+
+
+def test_import_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, topk_fast\n"
+        "assert 'triton' not in topk_fast.available_backends('cuda') and topk_fast.build_info()['triton'] is None\n"
+        "topk_fast.NoisedTopK(2)(torch.randn(2, 9))\n"
+        "try: topk_fast.NoisedTopK(2, backend='triton')(torch.randn(2, 9))\n"
+        "except RuntimeError as error: print(error)"
+    )
+    assert "backend 'triton' is not available: Triton is not installed: `pip install triton`" in python(code)
+
+
+def test_import_leaves_triton_alone():
+    python("import sys, topk_fast; assert 'triton' not in sys.modules, 'imported before its first use'")
