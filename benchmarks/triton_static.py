@@ -103,7 +103,9 @@ def instructions(text: str) -> list[str]:
 
 
 def uses(code: str, intrinsic: str) -> int:
-    return len(re.findall(rf"call [\w <>]*@llvm\.{intrinsic}\.", code))
+    """Calls of an LLVM intrinsic on float32, a vector counted as its lanes."""
+    found = re.findall(rf"call [^@\n]*@llvm\.{intrinsic}\.(?:v(\d+))?f32", code)
+    return sum(int(lanes or 1) for lanes in found)
 
 
 def facts(kernel) -> dict:
