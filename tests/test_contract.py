@@ -1,4 +1,4 @@
-"""The noise contract: torch and C++ forms against the known answers, bit for bit.
+"""The noise contract: torch, C++ and Triton forms against the known answers, bit for bit.
 
 Contract under test: topk_fast/noise.py. known_answers.json was made by two independent implementations.
 """
@@ -10,17 +10,58 @@ import numpy as np
 import pytest
 import torch
 
-from topk_fast import noise, ops
+from topk_fast import available_backends, noise, ops
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KNOWN = json.loads((Path(__file__).parent / "known_answers.json").read_text())
 _C = pytest.importorskip("topk_fast._C", reason="the C++ kernels are not built") if ops.HAS_CPP else None
-FORMS = ["torch", "cpp"] if ops.HAS_CPP else ["torch"]
+FORMS = ["torch"] + ["cpp"] * ops.HAS_CPP + ["triton"] * ("triton" in available_backends(DEVICE))
+
+if "triton" in FORMS:
+    import triton
+    import triton.language as tl
+    from topk_fast.triton_kernels import noise as triton_noise
+
+    @triton.jit
+    def map_kernel(x, out, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        bits = tl.load(x + at, mask=at < n, other=0x3F000000)
+        if NAME == "normal":
+            result = triton_noise.normal(bits.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+        elif NAME == "gap":
+            result = triton_noise.gap(bits.to(tl.uint32, bitcast=True))
+        elif NAME == "ln":
+            result = triton_noise.ln(bits.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+        elif NAME == "upper_quantile":
+            result = triton_noise.upper_quantile(bits.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+        else:
+            result = triton_noise.hazard_quantile(bits.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+        tl.store(out + at, result, mask=at < n)
+
+    @triton.jit
+    def philox_kernel(counter, seed, out):
+        c = counter + tl.arange(0, 1)
+        w0, w1, w2, w3 = triton_noise.philox(
+            tl.load(c).to(tl.uint32), tl.load(c + 1).to(tl.uint32), tl.load(c + 2).to(tl.uint32),
+            tl.load(c + 3).to(tl.uint32), tl.load(seed),
+        )  # fmt: skip
+        to = out + tl.arange(0, 1)
+        tl.store(to, w0.to(tl.int64))
+        tl.store(to + 1, w1.to(tl.int64))
+        tl.store(to + 2, w2.to(tl.int64))
+        tl.store(to + 3, w3.to(tl.int64))
 
 
 def call(form, name, x):
     """The named function of the contract on a NumPy array, as raw bits."""
     if form == "cpp":
         return getattr(_C, name)(x).view(np.uint32)
+    if form == "triton":
+        bits = torch.from_numpy(x.view(np.int32)).to(DEVICE)
+        out = torch.empty_like(bits)
+        grid = (triton.cdiv(len(x), 4096),)
+        map_kernel[grid](bits, out, len(x), NAME=name, BLOCK=4096, enable_fp_fusion=False)
+        return out.cpu().numpy().view(np.uint32)
     x = torch.from_numpy(x.astype(np.int64) if x.dtype == np.uint32 else x)
     return getattr(noise, name)(x).numpy().view(np.uint32)
 
@@ -55,14 +96,20 @@ def test_philox(form, case):
     if form == "cpp":
         words = _C.philox(*case["counter"], k0, k1)
     else:
-        seed = (k0 | k1 << 32) - (1 << 64 if k1 >> 31 else 0)
-        words = [int(w) for w in noise.philox(*case["counter"], torch.tensor(seed))]
+        seed = torch.tensor((k0 | k1 << 32) - (1 << 64 if k1 >> 31 else 0), device=DEVICE)
+        counter = torch.tensor(case["counter"], device=DEVICE)
+        if form == "torch":
+            words = [int(w) for w in noise.philox(*counter, seed)]
+        else:
+            words = torch.empty(4, dtype=torch.int64, device=DEVICE)
+            philox_kernel[(1,)](counter, seed, words)
+            words = words.tolist()
     assert list(words) == case["out"]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_plan(form):
-    function = _C.plan if form == "cpp" else noise.plan
+    function = {"torch": noise, "cpp": _C, "triton": triton_noise if form == "triton" else None}[form].plan
     for case in KNOWN["plan"]:
         expected = None if case["plan"] is None else tuple(case["plan"])
         assert function(case["L"], case["k"]) == expected, case
@@ -73,18 +120,20 @@ def test_plan(form):
     "name, low, high",
     [("ln", 2.0**-126, 2.0**100), ("upper_quantile", 2.0**-126, 0.5), ("hazard_quantile", 1e-9, 300.0)],
 )
-def test_torch_equals_cpp_on_a_million_floats(name, low, high):
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "cpp"])
+def test_a_million_floats_as_in_cpp(form, name, low, high):
     bits = np.random.default_rng(0).integers(
         *np.array([low, high], np.float32).view(np.uint32), size=1_000_000, dtype=np.uint32
     )
-    np.testing.assert_array_equal(call("torch", name, bits.view(np.float32)), call("cpp", name, bits.view(np.float32)))
+    np.testing.assert_array_equal(call(form, name, bits.view(np.float32)), call("cpp", name, bits.view(np.float32)))
 
 
 @pytest.mark.skipif(not ops.HAS_CPP, reason="the C++ kernels are not built")
 @pytest.mark.parametrize("name", ["normal", "gap"])
-def test_torch_equals_cpp_on_a_million_words(name):
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "cpp"])
+def test_a_million_words_as_in_cpp(form, name):
     words = np.random.default_rng(1).integers(0, 1 << 32, size=1_000_000, dtype=np.uint32)
-    np.testing.assert_array_equal(call("torch", name, words), call("cpp", name, words))
+    np.testing.assert_array_equal(call(form, name, words), call("cpp", name, words))
 
 
 def test_accuracy_against_scipy():
