@@ -13,9 +13,10 @@ FORMAT_CPP := .venv/bin/clang-format
 ENVIRONMENT := .venv/installed
 endif
 export PYTHONPATH := $(CURDIR)
+SHELL := /bin/bash
 
 help:
-	@echo "make test | demo | bench | lint | format | build | clean"
+	@echo "make test | demo | bench | gpu | lint | format | build | clean"
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -44,8 +45,16 @@ format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format .
 	$(FORMAT_CPP) -i csrc/*.h csrc/*.cpp tests/*.cpp
 
-gpu:
-	@echo "this version has no GPU kernels; 'make test' tests what there is" && false
+# On a machine with a GPU: its tests, a sanitized run of the small ones, the benchmark; results in OUT.
+OUT ?= $(CURDIR)/out
+gpu: build
+	mkdir -p $(OUT)
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU that torch.cuda sees'"
+	$(PYTHON) -m pytest tests/test_contract.py tests/test_triton.py 2>&1 | tee $(OUT)/tests.log; test $${PIPESTATUS[0]} -eq 0
+	for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $$tool --error-exitcode 9 \
+	  $(PYTHON) -m pytest tests/test_triton.py -k "layout or across_blocks or ignored or list_holds" \
+	  > $(OUT)/$$tool.log 2>&1 || exit 9; done
+	OUT=$(OUT) $(PYTHON) benchmarks/gpu.py $(ARGS) 2>&1 | tee $(OUT)/benchmark.log; test $${PIPESTATUS[0]} -eq 0
 
 clean:
 	rm -rf build .venv topk_fast/*.so *.egg-info
