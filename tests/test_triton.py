@@ -4,8 +4,11 @@ On a GPU where there is one; else in Triton's interpreter, which runs the same k
 CPU tensors. The cases are those of test_backends.py, fewer of them in the interpreter, which takes a second a row.
 """
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -432,9 +435,6 @@ def test_more_than_two_to_the_31_scores():
 
 def test_compiled_code_keeps_the_contract_and_its_budget():
     """sm_80, sm_90, gfx942: no fused or approximate step, at most 128 registers and 640 bytes of stack on NVIDIA."""
-    import json
-    from pathlib import Path
-
     tool = Path(__file__).parent.parent / "benchmarks" / "triton_static.py"
     kernels = json.loads(
         python(f"import runpy, sys; sys.argv = ['', '--quick']; runpy.run_path({str(tool)!r}, run_name='__main__')")
@@ -447,6 +447,19 @@ def test_compiled_code_keeps_the_contract_and_its_budget():
             assert kernel["registers"] <= 128 and kernel["stack_bytes"] <= 640, kernel
         if kernel["kernel"] == "gradient_kernel" and kernel["target"] != "gfx942":
             assert kernel["stores_of_16_bytes"] > 0, kernel
+
+
+def test_autotune_tries_all_its_settings():
+    tools = Path(__file__).parent.parent / "benchmarks"
+    code = (
+        f"import os, sys; os.environ['TOPK_FAST_AUTOTUNE'] = '1'; sys.path.insert(0, {str(tools)!r})\n"
+        "import triton_static as t\n"
+        "tuner = t.launch.search_kernel\n"
+        "case = (4, 40, t.torch.float32, 6, 5, 'dense')\n"
+        "kernels = t.compiled(t.TARGETS['sm_90'], 'tuned', lambda: t.steps(*case), [tuner.fn])\n"
+        "print(len(kernels) == len(tuner.configs) > 1, 'best' if tuner.best_config else '')"
+    )
+    assert python(code).strip() == "True best"
 
 
 # Availability and errors
@@ -482,8 +495,6 @@ def test_wrong_labels_are_named():
 
 def python(code):
     """Runs code in a process of its own, without the interpreter's switch; its output."""
-    import os
-
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -23,6 +23,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # One rounding an operation, as the noise contract asks; a wrong label stops the device, as in torch's own losses.
 EXACT = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
 HIP = torch.version.hip is not None
+if os.environ.get("TOPK_FAST_AUTOTUNE") == "1" and not (HIP or INTERPRETED):
+    # Warps and registers by trial at the first call of each shape, in place of `settings`; the bits stay the same.
+    search_kernel = triton.autotune(
+        [triton.Config({}, num_warps=n, maxnreg=r) for n, r in ((1, 168), (2, 96), (2, 128), (2, 168), (4, 128))],
+        key=["n_rows", "n_classes", "k", "n_sample", "MODE", "PLANNED"],
+    )(search_kernel)
 
 
 def warps(n: int) -> dict:
@@ -96,6 +102,9 @@ def _search(
     workspace = torch.empty((programs, workspace_stride), dtype=torch.int64, device=scores.device)
     row_stride, class_stride = scores.stride()
     scores = as_loaded(scores)
+    searching = table | collecting
+    if isinstance(search_kernel, triton.runtime.Autotuner):
+        searching = {name: value for name, value in searching.items() if name not in warps(2)}
     with on_device(scores.device):
         if parts > 1:
             share = triton.cdiv(triton.cdiv(n_classes + table["WIDTH"], parts), table["BLOCK"]) * table["BLOCK"]
@@ -107,7 +116,7 @@ def _search(
             scores, target, margins, seed, values, classes, n_valid, workspace, workspace_stride, n_rows,
             row_stride, class_stride, n_classes, first_row, first_class, k, n_sample, epsilon, 1.0 / n_sample, scale,
             ignore_index, rank, stride, looked_at, wanted,
-            MODE=mode, PLANNED=plan is not None, COLLECTED=parts > 1, **(table | collecting), **EXACT,
+            MODE=mode, PLANNED=plan is not None, COLLECTED=parts > 1, **searching, **EXACT,
         )  # fmt: skip
     return values, classes, n_valid
 
