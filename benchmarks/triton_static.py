@@ -1,9 +1,9 @@
-"""What the Triton kernels compile to, without a GPU: registers, spills, instructions, and what must not be there.
+"""What the Triton kernels compile to, without a GPU: registers, spills, instructions, what must not be there; floors.
 
 The launchers run as they do on a device, with a driver that compiles for a named architecture and launches nothing.
 PTX is searched for what would break the noise contract: fused multiply-adds and approximate instructions.
 
-    python benchmarks/triton_static.py              # all cases, as JSON
+    python benchmarks/triton_static.py              # writes results/triton_static.json, with floors of a step
     python benchmarks/triton_static.py --quick      # fewer of them; what the tests read
 """
 
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 
 if os.environ.pop("TRITON_INTERPRET", None):
@@ -21,14 +22,18 @@ if os.environ.pop("TRITON_INTERPRET", None):
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from topk_fast.triton_kernels import contenders, gradient, launch, search  # noqa: E402
+from topk_fast.triton_kernels import contenders, gradient, launch, noise, search  # noqa: E402
+
+from topk_fast import functional, reference  # noqa: E402
 
 KERNELS = (contenders.collect_kernel, search.search_kernel, gradient.gradient_kernel)
+RESULT = ROOT / "benchmarks" / "results" / "triton_static.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -142,6 +147,99 @@ def facts(kernel) -> dict:
     }
 
 
+@triton.jit
+def stage_kernel(x, out, n_classes, cut, seed, STAGE: tl.constexpr, EACH: tl.constexpr):
+    """One stage of the search for EACH elements of every lane of two warps."""
+    N: tl.constexpr = 64 * EACH
+    at = tl.arange(0, N)
+    if STAGE == "stream":  # of bfloat16 scores, without the groups that hold a class above the cut
+        width: tl.constexpr = 8
+        place = (
+            x.to(tl.pointer_type(tl.int16)) + tl.arange(0, N // width)[:, None] * width + tl.arange(0, width)[None, :]
+        )
+        top = contenders.group_max(contenders.widened(tl.load(place)), N // width, width)
+        hit = ((top <= cut) == 0).to(tl.int32)
+        tl.store(out + tl.cumsum(hit, 0) - 1, tl.arange(0, N // width), mask=hit == 1)
+    else:
+        bits = tl.load(x + at)
+        if STAGE == "words":  # four draws an element
+            other = tl.full((1,), 1, tl.uint32)
+            w0, w1, w2, w3 = noise.philox(bits.to(tl.uint32), other, other, other, tl.load(seed))
+            bits = (w0 ^ w1 ^ w2 ^ w3).to(tl.int32)
+        if STAGE == "normal":
+            bits = noise.normal(bits.to(tl.uint32)).to(tl.int32, bitcast=True)
+        if STAGE == "level":
+            bits = noise.hazard_quantile(noise.arrival_time(bits, n_classes)).to(tl.int32, bitcast=True)
+        if STAGE == "gap":
+            bits = noise.gap(bits.to(tl.uint32))
+        tl.store(out + at, bits)
+
+
+def stage_costs() -> dict:
+    """Instructions of a lane on sm_90 for one element of a stage: the growth from 8 elements to 16, over 8."""
+    x, seed = torch.zeros(4096, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
+    costs = {}
+    for stage in ("stream", "words", "normal", "level", "gap"):
+        sizes = []
+        for each in (8, 16):
+            options = {"STAGE": stage, "EACH": each, "enable_fp_fusion": False, "num_warps": 2}
+            (kernel,) = compiled(
+                TARGETS["sm_90"], (stage, each), lambda o=options: stage_kernel[1,](x, x, 1000, 1.0, seed, **o),
+                [stage_kernel],
+            )  # fmt: skip
+            sizes.append(len(instructions(disassembled(kernel))))
+        costs[stage] = (sizes[1] - sizes[0]) / 8
+    return costs
+
+
+def work(length: int, k: int, n_sample: int, epsilon: float, rows: int = 8) -> dict:
+    """Means over N(0, 1) rows: contenders, words that pass the bound, arrivals; the last two of one sample."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(rows, length, generator=generator)
+    cut = reference.cut(scores, k)
+    values, _ = functional.noised_topk_candidates(scores, k, epsilon, n_sample, seed=1)
+    level = (values[..., -1].double() - cut[:, None]) / epsilon
+    arrivals = (-torch.special.log_ndtr(level) * length).mean().item()  # of a process of rate L, down to that level
+    passed = 0
+    for row, bound in zip(scores, cut):
+        noised = row[row > bound] + epsilon * torch.randn(n_sample, int((row > bound).sum()), generator=generator)
+        reach, held = -torch.inf, torch.zeros(n_sample)
+        for start in range(0, noised.shape[1], 32):
+            here = (noised[:, start : start + 32] >= reach).sum(1)
+            passed += here.sum().item()
+            held += here
+            if start == 0 or held.max() > 32:
+                reach = noised[:, : start + 32].topk(min(k, start + 32)).values[:, -1].min()
+                held.zero_()
+    contenders = (scores > cut[:, None]).sum(1).float().mean().item()
+    return {"contenders": contenders, "passed": passed / rows / n_sample, "arrivals": arrivals}
+
+
+def prediction(costs: dict, n, length, k, n_sample, epsilon, itemsize) -> dict:
+    """Floors of a step on an H100: bytes at 3.0e12 a second, counted instructions at one a cycle and scheduler.
+
+    Counted are stream, words, normals and arrivals with their lanes of absent samples; not counted are bounds, lists,
+    selection, the cut and everything that waits. Bytes: scores once, 32 for each arrival, the gradient once.
+    """
+    counts = work(length, k, n_sample, epsilon)
+    lanes = -(-n_sample // (16 if n_sample > 8 else 8)) * (16 if n_sample > 8 else 8)
+    per_row = (
+        length * costs["stream"]
+        + counts["contenders"] * lanes * costs["words"] / 4
+        + counts["passed"] * lanes * costs["normal"]
+        + counts["arrivals"] * lanes * (costs["words"] / 2 + costs["gap"] + costs["level"])
+    ) / 32
+    bytes_ = n * (2 * length * itemsize + 32 * n_sample * counts["arrivals"])
+    return {
+        "N": n, "L": length, "k": k, "n_sample": n_sample, "epsilon": epsilon, "itemsize": itemsize,
+        **{name: round(value, 1) for name, value in counts.items()},
+        "warp_instructions_a_row": round(per_row),
+        "floor_bytes_ms": bytes_ / 3.0e12 * 1e3,
+        "floor_instructions_ms": n * per_row / (132 * 4 * 1.755e9) * 1e3,
+        "floor_copy_ms": 2 * n * length * itemsize / 3.0e12 * 1e3,
+    }  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer cases; prints JSON")
@@ -152,7 +250,29 @@ def main():
             for kernel in compiled(target, i, lambda case=case: steps(*case)):
                 shape = dict(zip(("N", "L", "dtype", "k", "n_sample", "sampler"), map(str, case)))
                 report.append(shape | {"target": name} | facts(kernel))
-    print(json.dumps(report, indent=1))
+    if arguments.quick:
+        print(json.dumps(report, indent=1))
+        return
+    costs = stage_costs()
+    shapes = [(1024, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072), (268, 1_000_000)]
+    predictions = [
+        prediction(costs, n, length, 6, 10, epsilon, itemsize)
+        for n, length in shapes
+        for itemsize in (4, 2)
+        for epsilon in (1.0, 0.1)
+    ]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    environment = {
+        "triton": triton.__version__,
+        "commit": commit.stdout.strip(),
+        "command": "python " + " ".join(sys.argv),
+    }
+    environment["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    environment["note"] = "compiled and counted, not run: no GPU took part"
+    result = {"environment": environment, "instructions_of_a_lane": costs, "floors": predictions, "kernels": report}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    for row in predictions:
+        print({name: round(value, 3) for name, value in row.items()})
 
 
 if __name__ == "__main__":
