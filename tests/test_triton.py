@@ -434,7 +434,7 @@ def test_more_than_two_to_the_31_scores():
 
 
 def test_compiled_code_keeps_the_contract_and_its_budget():
-    """sm_80, sm_90, gfx942: no fused or approximate step, at most 128 registers and 640 bytes of stack on NVIDIA."""
+    """sm_80, sm_90, gfx942: no fused or approximate step, on NVIDIA at most 128 registers and 640 bytes of stack."""
     tool = Path(__file__).parent.parent / "benchmarks" / "triton_static.py"
     kernels = json.loads(
         python(f"import runpy, sys; sys.argv = ['', '--quick']; runpy.run_path({str(tool)!r}, run_name='__main__')")
@@ -443,7 +443,9 @@ def test_compiled_code_keeps_the_contract_and_its_budget():
     assert {k["kernel"] for k in kernels} == {"search_kernel", "collect_kernel", "gradient_kernel"}
     for kernel in kernels:
         assert kernel["forbidden"] == [], kernel
-        if kernel["target"] != "gfx942":
+        if kernel["target"] == "gfx942":
+            assert kernel["spilled_registers"] == 0, kernel
+        else:
             assert kernel["registers"] <= 128 and kernel["stack_bytes"] <= 640, kernel
         if kernel["kernel"] == "gradient_kernel" and kernel["target"] != "gfx942":
             assert kernel["stores_of_16_bytes"] > 0, kernel
