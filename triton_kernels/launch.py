@@ -162,12 +162,12 @@ def gradient(
     out = torch.empty((n_rows, n_classes), dtype=dtype, device=classes.device)
     if out.numel() == 0:
         return out
-    block = (16384 if n_classes >= 4096 else 4096) // out.element_size()
+    block = (8192 if n_classes >= 4096 else 4096) // out.element_size()
     with on_device(out.device):
         gradient_kernel[(triton.cdiv(out.numel(), block),)](
             grad, result.contiguous(), classes.contiguous(), None if target is None else target.contiguous(),
             as_loaded(out),
             n_rows, n_classes, n_sample, grad.stride(0), scale,
-            BLOCK=block, STEP=min(64, triton.next_power_of_2(n_sample + 1)), **warps(4), **EXACT,
+            BLOCK=block, STEP=min(32, triton.next_power_of_2(n_sample + 1)), **warps(4), **EXACT,
         )  # fmt: skip
     return out
