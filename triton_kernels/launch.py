@@ -4,21 +4,19 @@ All launches go to the current stream of the scores' device and wait for nothing
 """
 
 import os
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-from . import noise
+from . import noise, search
 from .contenders import collect_kernel
 from .gradient import gradient_kernel
-from .search import CANDIDATES as _CANDIDATES
-from .search import LOSS as _LOSS
-from .search import SMOOTHED as _SMOOTHED
 from .search import search_kernel
 
-CANDIDATES, SMOOTHED, LOSS = _CANDIDATES.value, _SMOOTHED.value, _LOSS.value
+CANDIDATES, SMOOTHED, LOSS = search.CANDIDATES.value, search.SMOOTHED.value, search.LOSS.value
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # One rounding an operation, as the noise contract asks; a wrong label stops the device, as in torch's own losses.
 EXACT = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
@@ -64,7 +62,7 @@ def processors(device: torch.device) -> int:
 
 def on_device(device: torch.device):
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def as_loaded(x: Tensor) -> Tensor:
@@ -132,9 +130,8 @@ def row_parts(n_rows: int, n_classes: int, block: int, n_processors: int) -> int
 def candidates(
     scores: Tensor, seed: Tensor, k: int, epsilon: float, n_sample: int, first_row: int, first_class: int, dense: bool
 ) -> tuple[Tensor, Tensor]:
-    return _search(CANDIDATES, scores, None, None, seed, k, epsilon, n_sample, 1.0, 0, first_row, first_class, dense)[
-        :2
-    ]
+    args = (scores, None, None, seed, k, epsilon, n_sample, 1.0, 0, first_row, first_class, dense)
+    return _search(CANDIDATES, *args)[:2]
 
 
 def smoothed(scores: Tensor, seed: Tensor, k: int, epsilon: float, n_sample: int, dense: bool) -> tuple[Tensor, Tensor]:

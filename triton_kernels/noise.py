@@ -1,7 +1,7 @@
 """The noise contract, version 1, in Triton: topk_fast/noise.py has its text, csrc/noise.h the C++ form.
 
 Function by function as those two, pinned by tests/known_answers.json. Bits are equal because each float32 operation
-is exactly rounded and done once, in the order written: launch with ``enable_fp_fusion=False`` (LAUNCH in launch.py),
+is exactly rounded and done once, in the order written: launch with ``enable_fp_fusion=False`` (EXACT in launch.py),
 divide with ``tl.div_rn``, take roots with ``tl.sqrt_rn``. Words are uint32 tensors.
 """
 

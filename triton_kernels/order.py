@@ -12,7 +12,7 @@ import triton.language as tl
 NO_KEY = tl.constexpr(-(1 << 63))  # below everything
 NO_SCORE = tl.constexpr(-2139095041)  # ordered(-inf)
 EMPTY = tl.constexpr(-2139095041 << 32)  # + slot: a place of a bag that nobody has taken
-PADDING = tl.constexpr(0x7FFFFFFF << 32)  # a bag's columns from k on; no class has these low bits
+PADDING = tl.constexpr(0x7FFFFFFF << 32)  # a bag's rows from k on; no class has these low bits
 MAX32 = tl.constexpr(0x7FFFFFFF)
 
 
