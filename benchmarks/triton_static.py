@@ -26,7 +26,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 from topk_fast.triton_kernels import contenders, gradient, launch, noise, search  # noqa: E402
 
@@ -99,14 +99,16 @@ def steps(n, length, dtype, k, n_sample, sampler):
     launch.gradient(losses, losses, classes, target, 1.0, length, dtype)
 
 
-def disassembled(kernel) -> str:
+def inspected(kernel, tool: str, option: str) -> str:
+    """What one of NVIDIA's tools prints of a kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(text: str) -> list[str]:
+def instructions(kernel) -> list[str]:
+    text = inspected(kernel, "nvdisasm", "-c")
     return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][\w.]+)", text, re.MULTILINE)
 
 
@@ -129,11 +131,7 @@ def facts(kernel) -> dict:
             # The backend's correctly rounded root has five fused steps; nothing else may have one.
             + ["llvm.fma"] * (uses(code, "fma") != 5 * uses(code, "amdgcn.rsq")),
         }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-    ops = instructions(disassembled(kernel))
+    usage, ops = inspected(kernel, "cuobjdump", "-res-usage"), instructions(kernel)
     return out | {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
@@ -187,7 +185,7 @@ def stage_costs() -> dict:
                 TARGETS["sm_90"], (stage, each), lambda o=options: stage_kernel[1,](x, x, 1000, 1.0, seed, **o),
                 [stage_kernel],
             )  # fmt: skip
-            sizes.append(len(instructions(disassembled(kernel))))
+            sizes.append(len(instructions(kernel)))
         costs[stage] = (sizes[1] - sizes[0]) / 8
     return costs
 

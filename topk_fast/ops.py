@@ -86,7 +86,7 @@ _REMEDY = {
     "triton": "Triton is not installed: `pip install triton`",
 }
 
-# What the Triton kernels search at most; see triton_kernels/launch.py.
+# What the Triton kernels search at most: bags live in registers, and starts of blocks in int32.
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON_LARGEST_K = 1024
 _TRITON_LARGEST_L = 2**31 - 2**17

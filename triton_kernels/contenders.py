@@ -30,13 +30,7 @@ def load_scores(place, mask, fill):
 
 @triton.jit
 def group_max(x, N: tl.constexpr, WIDTH: tl.constexpr):
-    """Maxima of the rows of x [N, WIDTH], NaN where there is one; WIDTH is a power of two up to 32."""
-    if WIDTH >= 32:
-        a, b = tl.split(tl.reshape(x, (N, 16, 2)))
-        x = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-    if WIDTH >= 16:
-        a, b = tl.split(tl.reshape(x, (N, 8, 2)))
-        x = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    """Maxima of the rows of x [N, WIDTH], NaN where there is one; WIDTH is a power of two up to 8."""
     if WIDTH >= 8:
         a, b = tl.split(tl.reshape(x, (N, 4, 2)))
         x = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

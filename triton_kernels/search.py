@@ -319,8 +319,8 @@ def search_kernel(
             if MODE == SMOOTHED:
                 tl.store(values + n, top)
             if MODE == LOSS:
-                tl.device_assert((y >= 0) & (y < n_classes), "topk_fast: target out of bounds")
                 known = (y >= 0) & (y < n_classes)
+                tl.device_assert(known, "topk_fast: target out of bounds")
                 place = scores + tl.cast(n, tl.int64) * row_stride + y * class_stride
                 true_score = load_scores(place, known, float("nan"))
                 margin = 1.0
