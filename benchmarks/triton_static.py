@@ -96,7 +96,7 @@ def steps(n, length, dtype, k, n_sample, sampler):
     scores = torch.empty(n, length, dtype=dtype)
     target, seed = torch.zeros(n, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     losses, classes, _ = launch.loss(scores, target, None, seed, k, 1.0, n_sample, 1.0, -100, sampler == "dense")
-    launch.gradient(losses, losses, classes, target, 1.0, length, dtype)
+    launch.gradient(losses, losses, classes, target, 1.0, 0, length, dtype)
 
 
 def inspected(kernel, tool: str, option: str) -> str:

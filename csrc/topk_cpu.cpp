@@ -187,9 +187,10 @@ std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& scores_, const Tensor& tar
 }
 
 // Zero fill, then at most B + 1 entries a row: (grad * scale) * (count / B), counts exact, the true class B less.
+// Classes outside [first_class, first_class + n_classes) belong to other slices.
 template <class T, class S>
 void gradient_rows(const Tensor& grad_, const S* result, const int64_t* classes, int64_t n_sample,
-                   const int64_t* target, S scale, T* out, int64_t n_rows, int64_t n_classes) {
+                   const int64_t* target, S scale, T* out, int64_t n_rows, int64_t first_class, int64_t n_classes) {
   const S* grad = (const S*)grad_.const_data_ptr();
   const int64_t step = grad_.stride(0);
   torch::stable::parallel_for(0, n_rows, grain(n_classes / 16 + 8 * n_sample), [&](int64_t begin, int64_t end) {
@@ -203,21 +204,24 @@ void gradient_rows(const Tensor& grad_, const S* result, const int64_t* classes,
       std::memset((void*)row, 0, n_classes * sizeof(T));
       if (target && !(result[n] > 0)) continue;
       const S coefficient = grad[n * step] * scale;
-      const auto entry = [&](int64_t count) { return (T)(coefficient * ((S)count / (S)n_sample)); };
+      const auto write = [&](int64_t c, int64_t count) {
+        if (c >= first_class && c - first_class < n_classes)
+          row[c - first_class] = (T)(coefficient * ((S)count / (S)n_sample));
+      };
       std::copy_n(classes + n * n_sample, n_sample, sorted.get());
       std::sort(sorted.get(), sorted.get() + n_sample);
-      if (target) row[target[n]] = entry(-n_sample);
+      if (target) write(target[n], -n_sample);
       for (int64_t b = 0; b < n_sample;) {
         const int64_t c = sorted[b], start = b;
         while (b < n_sample && sorted[b] == c) ++b;
-        if (c >= 0) row[c] = entry(b - start - (target && c == target[n] ? n_sample : 0));
+        if (c >= 0) write(c, b - start - (target && c == target[n] ? n_sample : 0));
       }
     }
   });
 }
 
 Tensor gradient(const Tensor& grad, const Tensor& result_, const Tensor& classes_, const std::optional<Tensor>& target_,
-                double scale, int64_t n_classes, ScalarType dtype) {
+                double scale, int64_t first_class, int64_t n_classes, ScalarType dtype) {
   const Tensor result = packed(result_), classes = packed(classes_);
   const int64_t n_rows = classes.size(0), n_sample = classes.size(1);
   const ScalarType type = arithmetic(dtype);
@@ -225,7 +229,7 @@ Tensor gradient(const Tensor& grad, const Tensor& result_, const Tensor& classes
                       grad.size(0) == n_rows && grad.scalar_type() == type && result.dim() == 1 &&
                       result.size(0) == n_rows && result.scalar_type() == type,
                   "grad and result must be [N] of the arithmetic's dtype, classes int64 [N, n_sample]");
-  const int64_t* c = (const int64_t*)classes.const_data_ptr();
+  STD_TORCH_CHECK(first_class >= 0 && n_classes >= 0, "first_class and n_classes must not be negative");
   std::optional<Tensor> target;
   if (target_) {
     target = packed(*target_);
@@ -233,16 +237,11 @@ Tensor gradient(const Tensor& grad, const Tensor& result_, const Tensor& classes
                     "target must be int64 [N]");
   }
   const int64_t* y = target ? (const int64_t*)target->const_data_ptr() : nullptr;
-  for (int64_t i = 0; i < n_rows * n_sample; ++i)
-    STD_TORCH_CHECK(c[i] >= -1 && c[i] < n_classes, "classes out of bounds");
   Tensor out = empty({n_rows, n_classes}, dtype);
   const auto fill = [&](auto* o, auto s) {
     using S = decltype(s);
-    if (y)
-      for (int64_t n = 0; n < n_rows; ++n)
-        STD_TORCH_CHECK(!(((const S*)result.const_data_ptr())[n] > 0) || (y[n] >= 0 && y[n] < n_classes),
-                        "target out of bounds");
-    gradient_rows(grad, (const S*)result.const_data_ptr(), c, n_sample, y, (S)scale, o, n_rows, n_classes);
+    gradient_rows(grad, (const S*)result.const_data_ptr(), (const int64_t*)classes.const_data_ptr(), n_sample, y,
+                  (S)scale, o, n_rows, first_class, n_classes);
   };
   void* o = out.mutable_data_ptr();
   switch (dtype_of(dtype)) {

@@ -333,6 +333,22 @@ def test_chunks_of_the_torch_backend_change_nothing(monkeypatch, sampler, kind, 
     assert_same(run(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("suffix", ["", "_torch"] if ops.HAS_CPP else ["_torch"], ids=lambda s: s or "cpp")
+@pytest.mark.parametrize("with_target", [True, False])
+def test_gradient_of_a_class_slice_is_the_slice_of_the_gradient(with_target, suffix, dtype):
+    wide = reference.arithmetic(dtype)
+    classes = torch.tensor([[3, 3, 8], [-1, -1, -1], [9, 0, 5], [5, 5, 5], [1, 2, 3], [4, 4, 4]])
+    target = torch.tensor([3, 2, 9, 5, 7, 0]) if with_target else None
+    result = torch.tensor([1.0, 2.0, NAN, 3.0, 0.0, 5.0], dtype=wide)
+    grad = torch.arange(1.0, 7.0, dtype=wide)
+    op = getattr(torch.ops.topk_fast, "gradient" + suffix)
+    whole = op(grad, result, classes, target, 0.3, 0, 10, dtype)
+    assert whole.count_nonzero() > 10
+    for first, end in [(0, 1), (1, 5), (3, 4), (5, 10), (9, 10), (4, 4)]:
+        assert_same(op(grad, result, classes, target, 0.3, first, end - first, dtype), whole[:, first:end])
+
+
 LAYOUTS = {
     "columns of a wider tensor": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
     "an odd offset": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],

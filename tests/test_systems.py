@@ -90,9 +90,9 @@ def test_opcheck(suffix, dtype):
     losses, classes, _ = getattr(torch.ops.topk_fast, "loss" + suffix)(
         scores, target, margins, seed, K, 1.0, 4, 50.0, -100, False
     )
-    check("gradient", torch.ones(3, dtype=wide), losses, classes, target, 50.0, 150, dtype)
+    check("gradient", torch.ones(3, dtype=wide), losses, classes, target, 50.0, 0, 150, dtype)
     top, classes = getattr(torch.ops.topk_fast, "smoothed" + suffix)(scores, seed, K, 1.0, 4, False)
-    check("gradient", torch.ones(3, dtype=wide), top, classes, None, 1.0, 150, dtype)
+    check("gradient", torch.ones(3, dtype=wide), top, classes, None, 1.0, 0, 150, dtype)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

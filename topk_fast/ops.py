@@ -22,8 +22,8 @@ _SCHEMAS = {
     "smoothed": "(Tensor scores, Tensor seed, int k, float epsilon, int n_sample, bool dense) -> (Tensor, Tensor)",
     "loss": "(Tensor scores, Tensor target, Tensor? margins, Tensor seed, int k, float epsilon, int n_sample, "
     "float scale, int ignore_index, bool dense) -> (Tensor, Tensor, Tensor)",
-    "gradient": "(Tensor grad, Tensor result, Tensor classes, Tensor? target, float scale, SymInt n_classes, "
-    "ScalarType dtype) -> Tensor",
+    "gradient": "(Tensor grad, Tensor result, Tensor classes, Tensor? target, float scale, int first_class, "
+    "SymInt n_classes, ScalarType dtype) -> Tensor",
 }
 
 
@@ -44,7 +44,7 @@ def _fake_loss(scores, target, margins, seed, k, epsilon, n_sample, scale, ignor
     return losses, classes, losses.new_empty(())
 
 
-def _fake_gradient(grad, result, classes, target, scale, n_classes, dtype):
+def _fake_gradient(grad, result, classes, target, scale, first_class, n_classes, dtype):
     return grad.new_empty((classes.shape[0], n_classes), dtype=dtype)
 
 
@@ -163,7 +163,7 @@ class _Gradient(Function):
 
     @staticmethod
     def forward(grad, result, classes, target, scale, n_classes, dtype, suffix):
-        return _OPS[suffix]["gradient"](grad, result, classes, target, scale, n_classes, dtype)
+        return _OPS[suffix]["gradient"](grad, result, classes, target, scale, 0, n_classes, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -223,11 +223,11 @@ class _Search(Function):
         if n_valid is not None:
             grad = grad / n_valid
         grad = grad.expand(result.shape).to(result.dtype)
-        args = (grad, result, classes, target, ctx.scale, ctx.n_classes, ctx.dtype)
+        args = (grad, result, classes, target, ctx.scale)
         if torch.is_grad_enabled():
-            grad = _Gradient.apply(*args, ctx.suffix)
+            grad = _Gradient.apply(*args, ctx.n_classes, ctx.dtype, ctx.suffix)
         else:
-            grad = _OPS[ctx.suffix]["gradient"](*args)
+            grad = _OPS[ctx.suffix]["gradient"](*args, 0, ctx.n_classes, ctx.dtype)
         return grad, None, None, None, None, None
 
 

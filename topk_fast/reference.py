@@ -180,40 +180,60 @@ def loss(
     scale: float, ignore_index: int, dense: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses [N] and classes [N, n_sample], 0 and -1 in rows whose target is ``ignore_index``; how many are not."""
-    top, classes = smoothed(scores, seed, k, epsilon, n_sample, dense)
+    values, classes = candidates(scores, seed, k, epsilon, n_sample, 0, 0, dense)
+    true_score = scores.gather(1, target.masked_fill(target == ignore_index, 0)[:, None])[:, 0]
+    return loss_of(values[..., -1], classes[..., -1], true_score, target, margins, scale, ignore_index)
+
+
+def loss_of(
+    values: Tensor, classes: Tensor, true_score: Tensor, target: Tensor, margins: Tensor | None, scale: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What :func:`loss` returns, from the k-th best of every sample [N, n_sample] and the true class's score [N]."""
     ignored = target == ignore_index
-    y = target.masked_fill(ignored, 0)
-    true_score = scores.gather(1, y[:, None])[:, 0].to(top.dtype)
-    losses = hinge(top, true_score, 1.0 if margins is None else margins[y], scale)
+    margin = 1.0 if margins is None else margins[target.masked_fill(ignored, 0)]
+    losses = hinge(mean(values), true_score.to(values.dtype), margin, scale)
     n_valid = (~ignored).sum().to(losses.dtype)
     return losses.masked_fill(ignored, 0.0), classes.masked_fill(ignored[:, None], -1), n_valid
 
 
-def gradient(
-    grad: Tensor, result: Tensor, classes: Tensor, target: Tensor | None, scale: float, n_classes: int,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Gradient [N, L] of a loss, or of a smoothed value where ``target`` is None: at most B + 1 entries a row.
+def entries(
+    grad: Tensor, result: Tensor, classes: Tensor, target: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Classes and values [N, J] of the gradient's entries, J = B + 1, or B where ``target`` is None.
 
-    ``(grad * scale) * (count / B)`` with an exact count, B less for the true class, rounded to ``dtype`` at the end;
-    zero where the loss is 0, NaN where ``result`` is NaN.
+    ``(grad * scale) * (count / B)`` with an exact count, B less for the true class; zero where the loss is 0. A class
+    that stands several times in a row has the same value each time.
     """
-    n_rows, n_sample = classes.shape
-    out = torch.zeros((n_rows, n_classes), dtype=dtype, device=classes.device)
+    n_sample = classes.shape[1]
     weight = (classes >= 0).to(grad.dtype)
     if target is not None:
-        gate = result > 0
+        gate = ~(result <= 0)
         classes = torch.cat([classes, target.masked_fill(~gate, 0)[:, None]], dim=1)
         weight = torch.cat([weight, torch.full_like(weight[:, :1], -n_sample)], dim=1) * gate[:, None]
     classes = classes.clamp(min=0)
     step = max(1, _BUDGET // classes.shape[1] ** 2)
-    for start in range(0, n_rows, step):
-        c, w = classes[start : start + step], weight[start : start + step]
-        count = ((c[:, :, None] == c[:, None, :]) * w[:, None, :]).sum(2)  # the same for equal classes
-        # A tensor as divisor: by a number, CUDA would multiply with its rounded inverse.
-        entry = (grad[start : start + step, None] * scale) * (count / torch.full_like(count, n_sample))
-        # Places that stand twice get the same value twice; no weight at all means 0, which is there already.
-        row = torch.arange(start, start + c.shape[0], device=c.device)[:, None].expand_as(c)
-        entry = torch.where((w == 0).all(1, keepdim=True), torch.zeros_like(entry), entry)
-        out.index_put_((row, c), entry.to(dtype))
+    count = [
+        ((c[:, :, None] == c[:, None, :]) * w[:, None, :]).sum(2)
+        for c, w in zip(classes.split(step), weight.split(step))
+    ]
+    count = torch.cat(count)
+    # A tensor as divisor: by a number, CUDA would multiply with its rounded inverse.
+    value = (grad[:, None] * scale) * (count / torch.full_like(count, n_sample))
+    return classes, torch.where((weight == 0).all(1, keepdim=True), torch.zeros_like(value), value)
+
+
+def gradient(
+    grad: Tensor, result: Tensor, classes: Tensor, target: Tensor | None, scale: float, first_class: int,
+    n_classes: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Gradient [N, L] of a loss, or of a smoothed value where ``target`` is None, or its slice from ``first_class`` on.
+
+    :func:`entries` rounded to ``dtype``, zeros elsewhere; NaN where ``result`` is NaN.
+    """
+    out = torch.zeros((classes.shape[0], n_classes), dtype=dtype, device=classes.device)
+    classes, values = entries(grad, result, classes, target, scale)
+    place = classes - first_class
+    row, column = ((place >= 0) & (place < n_classes)).nonzero(as_tuple=True)
+    out.index_put_((row, place[row, column]), values[row, column].to(dtype))
     return out.masked_fill_(result.isnan()[:, None], math.nan)

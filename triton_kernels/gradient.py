@@ -1,4 +1,4 @@
-"""The gradient of a loss or of a smoothed value, [N, L] with at most B + 1 entries a row, in Triton.
+"""The gradient of a loss or of a smoothed value, [N, L] with at most B + 1 entries a row, in Triton; or a slice of it.
 
 Formula: topk_fast/reference.py's ``gradient``. A program fills one block of the flat output with zeros, in whole
 vectors wherever rows begin, and then writes the entries of its rows that fall into it: the barrier between makes that
@@ -32,9 +32,9 @@ def count_of(row_classes, wanted, n_sample, STEP: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_sample"])
+@triton.jit(do_not_specialize=["n_rows", "first_class", "n_sample"])
 def gradient_kernel(
-    grad, result, classes, target, out, n_rows, n_classes, n_sample, grad_stride, scale,
+    grad, result, classes, target, out, n_rows, first_class, n_classes, n_sample, grad_stride, scale,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64) * BLOCK
@@ -63,8 +63,10 @@ def gradient_kernel(
                 b = first + tl.arange(0, STEP)
                 c = tl.load(row_classes + b, mask=b < n_sample, other=-1)
                 c = tl.where(b == n_sample, y, c)
-                inside = (c >= 0) & (start + c >= begin) & (start + c < end)
+                place = c - first_class
+                inside = (c >= first_class) & (place < n_classes)
+                inside &= (start + place >= begin) & (start + place < end)
                 if tl.max(inside.to(tl.int32), 0) > 0:
                     count = count_of(row_classes, c, n_sample, STEP) - tl.where(c == y, n_sample, 0)
                     entry = coefficient * tl.div_rn(count.to(tl.float32), tl.cast(n_sample, tl.float32))
-                    tl.store(out + start + c, rounded(entry, DTYPE), mask=inside)
+                    tl.store(out + start + place, rounded(entry, DTYPE), mask=inside)

@@ -152,8 +152,8 @@ def loss(
 
 
 def gradient(
-    grad: Tensor, result: Tensor, classes: Tensor, target: Tensor | None, scale: float, n_classes: int,
-    dtype: torch.dtype,
+    grad: Tensor, result: Tensor, classes: Tensor, target: Tensor | None, scale: float, first_class: int,
+    n_classes: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     n_rows, n_sample = classes.shape
     out = torch.empty((n_rows, n_classes), dtype=dtype, device=classes.device)
@@ -164,7 +164,7 @@ def gradient(
         gradient_kernel[(triton.cdiv(out.numel(), block),)](
             grad, result.contiguous(), classes.contiguous(), None if target is None else target.contiguous(),
             as_loaded(out),
-            n_rows, n_classes, n_sample, grad.stride(0), scale,
+            n_rows, first_class, n_classes, n_sample, grad.stride(0), scale,
             BLOCK=block, STEP=min(32, triton.next_power_of_2(n_sample + 1)), **warps(4), **EXACT,
         )  # fmt: skip
     return out
