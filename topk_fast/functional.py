@@ -6,23 +6,24 @@ imbalanced classification", ICML 2022, https://proceedings.mlr.press/v162/garcin
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import checks, ops, sharding
+from .linear import linear_noised_topk_loss, linear_topk
 from .reference import arithmetic
 
 __all__ = [
     "bal_noised_topk_loss",
     "class_margins",
     "imbal_noised_topk_loss",
+    "linear_noised_topk_loss",
+    "linear_topk",
     "noised_topk",
     "noised_topk_candidates",
 ]
-
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def noised_topk(
@@ -70,7 +71,7 @@ def noised_topk(
         >>> noised_topk(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), k=2, epsilon=0.0)
         tensor([3.])
     """
-    _check_scores(input)
+    checks.scores(input)
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a tensor without dimensions")
     if isinstance(dim, bool) or not isinstance(dim, (int, Integral)):
@@ -79,11 +80,11 @@ def noised_topk(
         raise IndexError(f"dim must be in [{-input.dim()}, {input.dim() - 1}], got {dim}")
     rows = input.movedim(dim, -1)
     n_classes = rows.shape[-1]
-    k = _integer("k", k, 1, n_classes, "L")
-    epsilon, n_sample = _noise(epsilon, n_sample)
-    seed = _seed(seed, generator, input.device)
+    k = checks.integer("k", k, 1, n_classes, "L")
+    epsilon, n_sample = checks.noise(epsilon, n_sample)
+    seed = checks.seed(seed, generator, input.device)
     flat = _flatten(rows)
-    top = ops.smoothed(flat, seed, k, epsilon, n_sample, _dense(sampler), backend=backend)
+    top = ops.smoothed(flat, seed, k, epsilon, n_sample, checks.dense(sampler), backend=backend)
     return top.view(rows.shape[:-1])
 
 
@@ -100,6 +101,7 @@ def bal_noised_topk_loss(
     seed: int | Tensor | None = None,
     sampler: str = "auto",
     backend: str = "auto",
+    process_group=None,
 ) -> Tensor:
     r"""Balanced noised top-K loss: a hinge of the smoothed (K+1)-th largest score against the true class's score.
 
@@ -118,6 +120,10 @@ def bal_noised_topk_loss(
         reduction: "mean" over the rows that are not ignored, "sum" or "none".
         ignore_index: rows with this target have loss 0 and no gradient.
         generator, seed, sampler, backend: as in :func:`noised_topk`.
+        process_group: ranks over which the classes are sharded: ``input`` holds this rank's, contiguous in the order of
+            ranks, any number of them; target and all else are the same on all ranks, and the seed is rank 0's. Every
+            rank returns the loss over all classes and has the gradient of its own. A DTensor sharded along its
+            classes needs no process_group and gets a DTensor back.
 
     Returns:
         A tensor without dimensions, or with target's shape for ``reduction="none"``; float64 for float64 logits,
@@ -135,7 +141,20 @@ def bal_noised_topk_loss(
         tensor([0.5000, 6.5000])
     """
     return _loss(
-        input, target, None, 1.0, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend
+        input,
+        target,
+        None,
+        1.0,
+        k,
+        epsilon,
+        n_sample,
+        reduction,
+        ignore_index,
+        generator,
+        seed,
+        sampler,
+        backend,
+        process_group,
     )
 
 
@@ -154,6 +173,7 @@ def imbal_noised_topk_loss(
     seed: int | Tensor | None = None,
     sampler: str = "auto",
     backend: str = "auto",
+    process_group=None,
 ) -> Tensor:
     r"""Noised top-K loss with a margin for each class, larger for rarer ones; for long-tailed data.
 
@@ -167,6 +187,7 @@ def imbal_noised_topk_loss(
         epsilon: noise level, >= 0; for cosine logits some 0.01 to 0.1.
         scale: factor of the hinge, > 0. Use 1 for logits that are not normalised.
         generator, seed, sampler, backend: as in :func:`noised_topk`.
+        process_group: as in :func:`bal_noised_topk_loss`; margins are those of all classes on every rank.
 
     Returns:
         As :func:`bal_noised_topk_loss`.
@@ -183,17 +204,23 @@ def imbal_noised_topk_loss(
         >>> imbal_noised_topk_loss(logits, torch.tensor([1]), 1, margins, epsilon=0.0, scale=10)
         tensor(3.)
     """
-    if not isinstance(margins, Tensor):
-        raise TypeError(f"margins must be a tensor, got {type(margins).__name__}; see class_margins")
-    if margins.requires_grad:
-        raise ValueError("margins must be constants, got a tensor that requires grad; pass margins.detach()")
-    if not margins.dtype.is_floating_point:
-        raise TypeError(f"margins must be floating point, got {margins.dtype}")
-    scale = _real("scale", scale)
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    if margins is None:
+        raise TypeError("margins must be a tensor, got NoneType; see class_margins")
     return _loss(
-        input, target, margins, scale, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend
+        input,
+        target,
+        margins,
+        scale,
+        k,
+        epsilon,
+        n_sample,
+        reduction,
+        ignore_index,
+        generator,
+        seed,
+        sampler,
+        backend,
+        process_group,
     )
 
 
@@ -217,7 +244,7 @@ def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
         >>> class_margins([16, 1, 81], max_m=0.3)
         tensor([0.1500, 0.3000, 0.1000])
     """
-    max_m = _real("max_m", max_m)
+    max_m = checks.real("max_m", max_m)
     if not max_m >= 0:
         raise ValueError(f"max_m must be at least 0, got {max_m}")
     try:
@@ -275,135 +302,65 @@ def noised_topk_candidates(
         >>> values, classes
         (tensor([[[4., 3.]]]), tensor([[[0, 2]]]))
     """
-    _check_scores(scores)
+    checks.scores(scores)
     if scores.dim() != 2:
         raise ValueError(f"scores must be [N, L], got shape {list(scores.shape)}")
     n_classes = scores.shape[1]
     if n_classes == 0:
         raise ValueError("scores must have at least one class, got shape " + str(list(scores.shape)))
-    k = _integer("k", k, 1, 2**31 - 1)
-    epsilon, n_sample = _noise(epsilon, n_sample)
-    first_row = _integer("first_row", first_row, 0, 2**32 - 1)
-    first_class = _integer("first_class", first_class, 0, 2**31 - 1 - n_classes, "2**31 - 1 - L")
-    seed = _seed(seed, generator, scores.device)
-    return ops.candidates(scores, seed, k, epsilon, n_sample, first_row, first_class, _dense(sampler), backend=backend)
+    k = checks.integer("k", k, 1, 2**31 - 1)
+    epsilon, n_sample = checks.noise(epsilon, n_sample)
+    first_row = checks.integer("first_row", first_row, 0, 2**32 - 1)
+    first_class = checks.integer("first_class", first_class, 0, 2**31 - 1 - n_classes, "2**31 - 1 - L")
+    seed = checks.seed(seed, generator, scores.device)
+    return ops.candidates(
+        scores, seed, k, epsilon, n_sample, first_row, first_class, checks.dense(sampler), backend=backend
+    )
 
 
 def _loss(
-    input, target, margins, scale, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend
-):
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    _check_scores(input)
-    _check_target(input, target)
-    class_dim = 0 if input.dim() == 1 else 1
-    n_classes = input.shape[class_dim]
-    k = _integer("k", k, 1, n_classes - 1, "L - 1")
-    epsilon, n_sample = _noise(epsilon, n_sample)
-    dense = _dense(sampler)
-    ignore_index = _integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
-    if margins is not None:
-        if margins.shape != (n_classes,):
-            raise ValueError(f"margins must have shape [L] = [{n_classes}], got {list(margins.shape)}")
-        if margins.device != input.device:
-            raise ValueError(f"margins must be on the scores' device {input.device}, got {margins.device}")
-        margins = margins.to(arithmetic(input.dtype))
-    seed = _seed(seed, generator, input.device)
-    flat = input if input.dim() == 2 else _flatten(input.movedim(class_dim, -1))
-    labels = target if target.dim() == 1 else target.reshape(-1)
-    try:
-        losses = ops.loss(
-            flat, labels, margins, seed, k + 1, epsilon, n_sample, scale, ignore_index, dense,
-            reduction=reduction, backend=backend,
+    input, target, margins, scale, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend,
+    process_group,
+):  # fmt: skip
+    class_dim = 0 if isinstance(input, Tensor) and input.dim() == 1 else 1
+    input, process_group, wrap = sharding.local_part("input", input, class_dim, process_group)
+    target = target if wrap is None else sharding.replicated(target)
+    with sharding.Meeting(process_group, "noised_topk_loss") as meeting:
+        checks.reduction(reduction)
+        checks.scores(input)
+        checks.target(input, target, class_dim)
+        n_local = input.shape[class_dim]
+        n_classes = n_local if process_group is None else None
+        k = checks.rank(k, n_classes)
+        epsilon, n_sample = checks.noise(epsilon, n_sample)
+        scale, dense, ignore_index = checks.scale(scale), checks.dense(sampler), checks.ignored(ignore_index)
+        margins = checks.margins(margins, n_classes, input.device, arithmetic(input.dtype))
+        fixed_seed, seed = seed is not None, checks.seed(seed, generator, input.device)
+        flat = input if input.dim() == 2 else _flatten(input.movedim(class_dim, -1))
+        labels = target if target.dim() == 1 else target.reshape(-1)
+        suffix = ops.suffix(backend, flat, k + 1)
+        shards = meeting.agree(
+            n_local, labels, margins, k, seed, fixed_seed, ignore_index, epsilon=epsilon, n_sample=n_sample, scale=scale,
+            dense=dense, dtype=input.dtype,
         )  # fmt: skip
-    except RuntimeError:
-        _check_labels(labels, n_classes, ignore_index)  # the kernels stop at a bad label but cannot name it
-        raise
-    return losses.view(target.shape) if reduction == "none" else losses
+    if shards is not None:
+        losses = sharding.loss(
+            flat, labels, margins, shards, k + 1, epsilon, n_sample, scale, ignore_index, dense, suffix
+        )
+        losses = ops.reduce(losses, (labels != ignore_index).sum().to(losses.dtype), reduction)
+    else:
+        try:
+            losses = ops.loss(
+                flat, labels, margins, seed, k + 1, epsilon, n_sample, scale, ignore_index, dense,
+                reduction=reduction, suffix=suffix,
+            )  # fmt: skip
+        except RuntimeError:
+            checks.labels(labels, n_classes, ignore_index)  # the kernels stop at a bad label but cannot name it
+            raise
+    losses = losses.view(target.shape) if reduction == "none" else losses
+    return losses if wrap is None else wrap(losses)
 
 
 def _flatten(rows: Tensor) -> Tensor:
     """[..., L] as [N, L], also where a dimension is empty."""
     return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
-
-
-def _check_scores(scores):
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"scores must be a tensor, got {type(scores).__name__}")
-    if scores.dtype not in _FLOATS:
-        raise TypeError(f"scores must be float32, float64, bfloat16 or float16, got {scores.dtype}")
-
-
-def _check_target(input, target):
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64, got {target.dtype}; pass target.long()")
-    if input.dim() == 0:
-        raise ValueError("input must be [N, L], [L] or [N, L, d1, ...], got a tensor without dimensions")
-    expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
-    if target.shape != expected:
-        raise ValueError(
-            f"target must have shape {list(expected)} for input of shape {list(input.shape)}, got {list(target.shape)}"
-        )
-    if target.device != input.device:
-        raise ValueError(f"target must be on the scores' device {input.device}, got {target.device}")
-
-
-def _check_labels(labels, n_classes, ignore_index):
-    bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= n_classes))]
-    if bad.numel():
-        raise IndexError(
-            f"target must be in [0, L - 1] = [0, {n_classes - 1}] or ignore_index = {ignore_index}, got {int(bad[0])}"
-        )
-
-
-def _integer(name, value, low, high, high_name=None):
-    if isinstance(value, bool) or not isinstance(value, (int, Integral, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not low <= value <= high:
-        span = f"[{low}, {high_name}] = [{low}, {high}]" if high_name else f"[{low}, {high}]"
-        raise ValueError(f"{name} must be in {span}, got {value}")
-    return value if isinstance(value, torch.SymInt) else int(value)
-
-
-def _real(name, value):
-    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    value = float(value)
-    if not -math.inf < value < math.inf:  # math.isfinite would not compile for symbolic floats
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value
-
-
-def _noise(epsilon, n_sample):
-    epsilon = _real("epsilon", epsilon)
-    if epsilon < 0:
-        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
-    return epsilon, _integer("n_sample", n_sample, 1, 2**31 - 1)
-
-
-def _dense(sampler):
-    if sampler not in ("auto", "thinned", "dense"):
-        raise ValueError(f"sampler must be 'auto', 'thinned' or 'dense', got {sampler!r}")
-    return sampler == "dense"
-
-
-def _seed(seed, generator, device):
-    """The key of the noise as an int64 tensor on ``device``, so that no step waits for the device."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    if seed is None:
-        if generator is not None and generator.device.type != device.type:
-            raise ValueError(f"generator must be on the scores' device {device}, got {generator.device}")
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
-    if generator is not None:
-        raise ValueError("seed and generator exclude each other, got both")
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise TypeError(f"a seed tensor must be int64 without dimensions, got {seed.dtype} {list(seed.shape)}")
-        if seed.device != device:
-            raise ValueError(f"seed must be on the scores' device {device}, got {seed.device}")
-        return seed
-    seed = _integer("seed", seed, -(2**63), 2**64 - 1)
-    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

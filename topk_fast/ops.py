@@ -59,21 +59,28 @@ def _on_triton(name):
     return run
 
 
+SUFFIXES = ("", "_torch", "_triton")
 _LIBRARY = torch.library.Library("topk_fast", "DEF")
+
+
+def define(name: str, schema: str, fake, everywhere=None):
+    """A new op in the namespace, with its fake kernel and, if given, one kernel for all devices."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"topk_fast::{name}", fake, lib=_LIBRARY)
+    if everywhere is not None:
+        _LIBRARY.impl(name, everywhere, "CompositeExplicitAutograd")
+    return getattr(torch.ops.topk_fast, name).default
+
+
+_OPS = {suffix: {} for suffix in SUFFIXES}
 for _name, _schema in _SCHEMAS.items():
-    for _suffix in ("", "_torch", "_triton"):
-        _LIBRARY.define(_name + _suffix + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"topk_fast::{_name}{_suffix}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
-    _LIBRARY.impl(f"{_name}_torch", getattr(reference, _name), "CompositeExplicitAutograd")
+    for _suffix in SUFFIXES:
+        _everywhere = getattr(reference, _name) if _suffix == "_torch" else None
+        _OPS[_suffix][_name] = define(_name + _suffix, _schema, globals()[f"_fake_{_name}"], _everywhere)
     if HAS_TRITON:
         _LIBRARY.impl(f"{_name}_triton", _on_triton(_name), "CUDA")  # HIP's tensors have this key too
         if INTERPRETED:
             _LIBRARY.impl(f"{_name}_triton", _on_triton(_name), "CPU")
-
-_OPS = {
-    suffix: {name: getattr(torch.ops.topk_fast, name + suffix).default for name in _SCHEMAS}
-    for suffix in ("", "_torch", "_triton")
-}
 
 HAS_CPP = importlib.util.find_spec("topk_fast._C") is not None
 if HAS_CPP:
@@ -184,7 +191,8 @@ class _Gradient(Function):
         return total, None, None, None, None, None, None, None
 
 
-def _reduce(losses, n_valid, reduction):
+def reduce(losses: Tensor, n_valid: Tensor, reduction: str) -> Tensor:
+    """ "none", "sum" or the "mean" over valid rows."""
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / n_valid
@@ -202,7 +210,7 @@ class _Search(Function):
             result, classes = _OPS[suffix]["smoothed"](*op_args)
             return result, result, classes, None
         result, classes, n_valid = _OPS[suffix]["loss"](*op_args)
-        return _reduce(result, n_valid, reduction), result, classes, n_valid
+        return reduce(result, n_valid, reduction), result, classes, n_valid
 
     @staticmethod
     def _keep(ctx, inputs, result, classes, n_valid):
@@ -244,6 +252,11 @@ class _TransformedSearch(_Search):
         _Search._keep(ctx, inputs, *output[1:])
 
 
+def kernel(name: str, suffix: str):
+    """The op ``name`` of a backend."""
+    return _OPS[suffix][name]
+
+
 def candidates(scores: Tensor, seed, k, *args, backend: str) -> tuple[Tensor, Tensor]:
     """The op ``candidates``, without gradient; arguments as in its schema."""
     return _OPS[suffix(backend, scores, k)]["candidates"](scores.detach(), seed, k, *args)
@@ -256,11 +269,11 @@ def smoothed(scores: Tensor, seed, k, *args, backend: str) -> Tensor:
 
 def loss(
     scores: Tensor, target: Tensor, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense, *,
-    reduction: str, backend: str,
+    reduction: str, suffix: str,
 ) -> Tensor:  # fmt: skip
     """Differentiable loss, [N] or reduced; arguments as in the op's schema."""
     args = (target, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense)
-    return _search(scores, target, scale, reduction, suffix(backend, scores, k), args)
+    return _search(scores, target, scale, reduction, suffix, args)
 
 
 def _search(*args):

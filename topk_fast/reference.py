@@ -84,9 +84,7 @@ def candidates(
 ) -> tuple[Tensor, Tensor]:
     """The k best noised scores and their classes [N, n_sample, k], best first, (-inf, -1) where there are fewer."""
     n_rows, n_classes = scores.shape
-    shape = (n_rows, n_sample, k)
-    values = torch.full(shape, -math.inf, dtype=arithmetic(scores.dtype), device=scores.device)
-    classes = torch.full(shape, -1, dtype=torch.int64, device=scores.device)
+    values, classes = empty_lists(scores, k, n_sample)
     step = max(1, _BUDGET // (n_classes + 64 * k * n_sample))
     for start in range(0, n_rows, step):
         part = slice(start, min(start + step, n_rows))
@@ -101,6 +99,12 @@ def candidates(
         values[part] = best[0].masked_fill(bad[:, None, None], math.nan)
         classes[part] = best[1].masked_fill(bad[:, None, None], -1)
     return values, classes
+
+
+def empty_lists(scores: Tensor, k: int, n_sample: int) -> tuple[Tensor, Tensor]:
+    """Values -inf and classes -1 [N, n_sample, k]."""
+    values = scores.new_full((scores.shape[0], n_sample, k), -math.inf, dtype=arithmetic(scores.dtype))
+    return values, torch.full_like(values, -1, dtype=torch.int64)
 
 
 def _draw_contenders(best, scores, level, rows, seed, epsilon, first_class):

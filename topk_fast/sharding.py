@@ -1,0 +1,222 @@
+"""Classes sharded over the ranks of a process group, on ``torch.distributed``.
+
+Rank r holds the classes [first_r, first_r + L_r) of every row, in the order of ranks. A loss takes two steps:
+
+1. a `Meeting`: one all-gather of 32 integers, by which the ranks learn each other's number of classes, agree on rank
+   0's seed, and find out that their arguments differ, or that one of them cannot go on, before any of them waits;
+2. `Shards.best`: one packed all-gather of the k best of every (row, sample), their classes, and the true class's score.
+
+After it every rank has all that the loss and the gradient of its own classes need. Bytes: N * (2 * B * k + 1) words of
+4 (float64: 8) sent by each rank.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import checks, ops, reference
+
+_SLOTS = 32  # of the meeting's message; the same for all functions, so that no mix of calls can hang
+
+
+def merge(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of lists that stand one behind the other, in the order of their classes: [N, B, m] -> [N, B, k]."""
+    # The sort is stable: among equals the lower class stays first. Adding 0 makes -0 equal to +0 in radix sorts.
+    order = (values + 0.0).sort(dim=2, descending=True, stable=True).indices[..., :k]
+    return values.gather(2, order), classes.gather(2, order)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Which classes this rank holds, and what the ranks agreed on."""
+
+    group: dist.ProcessGroup
+    sizes: tuple[int, ...]  # classes of each rank
+    seed: Tensor  # rank 0's
+
+    @property
+    def n_classes(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def first_class(self) -> int:
+        return sum(self.sizes[: self.group.rank()])
+
+    def best(self, values: Tensor, classes: Tensor, true_score: Tensor, target: Tensor):
+        """The k best of all ranks' lists [N, B, k], and of the true class's scores [N] its owner's."""
+        n_rows, n_sample, k = values.shape
+        word = torch.int64 if values.dtype == torch.float64 else torch.int32
+        lists = torch.stack([values.view(word), classes.to(word)])  # [2, N, B, k]
+        own = torch.cat([lists.flatten(), true_score.to(values.dtype).view(word)])
+        gathered = own.new_empty((len(self.sizes), own.numel()))
+        dist.all_gather_into_tensor(gathered, own, group=self.group)
+        lists, scores = gathered.split([lists.numel(), n_rows], dim=1)
+        lists = lists.reshape(-1, 2, n_rows, n_sample, k).movedim(0, 3).flatten(3)  # [2, N, B, ranks * k]
+        values, classes = merge(lists[0].view(values.dtype), lists[1].to(torch.int64), k)
+        ends = torch.tensor(self.sizes, device=target.device).cumsum(0)
+        owner = torch.searchsorted(ends, target, right=True).clamp(max=len(self.sizes) - 1)
+        return values, classes, scores.reshape(-1, n_rows).gather(0, owner[None])[0].view(values.dtype)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Adds up over the ranks, in place."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+class Meeting:
+    """The ranks' exchange of sizes, seed and arguments; without a group it does nothing.
+
+    A rank that leaves the ``with`` block by an exception before it agreed tells the others, and they raise as well.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, function: str):
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup that this rank belongs to, got "
+                f"{type(group).__name__}"
+            )
+        self.group, self.function, self.over = group, function, group is None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is not None and not self.over:
+            self._exchange([0] * _SLOTS)
+
+    def _exchange(self, message: list[int]) -> list[list[int]]:
+        self.over = True
+        on_cpu = "cpu" in dist.get_backend_config(self.group)
+        device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+        own = torch.tensor(message, dtype=torch.int64, device=device)
+        everyone = own.new_empty((self.group.size(), _SLOTS))
+        dist.all_gather_into_tensor(everyone, own, group=self.group)
+        return everyone.tolist()
+
+    def agree(
+        self, n_classes: int, target: Tensor, margins: Tensor | None, k: int, seed: Tensor, fixed_seed: bool,
+        ignore_index: int, **facts,
+    ) -> Shards | None:  # fmt: skip
+        """The `Shards` of a call with ``n_classes`` classes here; raises on every rank where ranks disagree."""
+        if self.group is None:
+            return None
+        labels = target.masked_fill(target == ignore_index, 0)
+        marks = [seed, _checksum(target), *(labels.aminmax() if len(labels) else (torch.zeros_like(seed),) * 2)]
+        if margins is not None:
+            marks.append(_checksum(margins[labels.clamp(0, len(margins) - 1)] if len(margins) else margins))
+        number, mark, low, high, *margin_mark = torch.stack(marks).tolist()  # waits for the device once
+        facts = {
+            "function": self.function,
+            "shape of target": tuple(target.shape),
+            "ignore_index": ignore_index,
+        } | facts
+        facts |= {
+            "k": k,
+            "seed": number if fixed_seed else None,
+            "target": mark,
+            "margins": margins if margins is None else (len(margins), *margin_mark),
+        }
+        codes = [zlib.crc32(repr(value).encode()) for value in facts.values()]
+        message = [1, n_classes, number, *codes]
+        everyone = self._exchange(message + [0] * (_SLOTS - len(message)))
+        for rank, (able, *_) in enumerate(everyone):
+            if not able:
+                raise RuntimeError(f"rank {rank} cannot take part in {self.function}: its own error says why")
+        for rank, (_, _, _, *others) in enumerate(everyone):
+            for name, ours, theirs in zip(facts, codes, others):
+                if ours != theirs:
+                    shown = "" if name in ("target", "margins") else f", {facts[name]!r} here"
+                    raise ValueError(f"all ranks must pass the same {name}; rank {rank}'s is not this rank's{shown}")
+        shards = Shards(self.group, tuple(m[1] for m in everyone), torch.full_like(seed, everyone[0][2]))
+        checks.rank(k, shards.n_classes)
+        if margins is not None:
+            checks.margins(margins, shards.n_classes, margins.device, margins.dtype)
+        if low < 0 or high >= shards.n_classes:
+            checks.labels(target, shards.n_classes, ignore_index)
+        return shards
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """Of the bits of numbers and their order."""
+    bits = x if x.dtype == torch.int64 else x.view(torch.int64 if x.element_size() == 8 else torch.int32)
+    return (bits * (torch.arange(len(x), device=x.device) * 0x9E3779B97F4A7C1 + 1)).sum()
+
+
+def own_scores(scores: Tensor, target: Tensor, first_class: int) -> Tensor:
+    """The true class's score [N] where this slice of classes holds it, elsewhere 0; float64 or float32."""
+    place = target - first_class
+    inside = (place >= 0) & (place < scores.shape[1])
+    if scores.shape[1] == 0:
+        return torch.zeros_like(target, dtype=reference.arithmetic(scores.dtype))
+    picked = scores.gather(1, place.clamp(0, scores.shape[1] - 1)[:, None])[:, 0]
+    return picked.masked_fill(~inside, 0).to(reference.arithmetic(scores.dtype))
+
+
+class _ShardedLoss(Function):
+    """Scores [N, L_r] of this rank's classes to the losses [N] over all classes; its gradient needs no other rank."""
+
+    @staticmethod
+    def forward(ctx, scores, target, margins, shards, k, epsilon, n_sample, scale, ignore_index, dense, suffix):
+        first, n_local = shards.first_class, scores.shape[1]
+        if n_local:
+            search = ops.kernel("candidates", suffix)
+            values, classes = search(scores, shards.seed, k, epsilon, n_sample, 0, first, dense)
+        else:
+            values, classes = reference.empty_lists(scores, k, n_sample)
+        values, classes, true_score = shards.best(values, classes, own_scores(scores, target, first), target)
+        losses, classes, _ = reference.loss_of(
+            values[..., -1], classes[..., -1], true_score, target, margins, scale, ignore_index
+        )
+        ctx.save_for_backward(losses, classes, target)
+        ctx.slice = (scale, first, n_local, scores.dtype)
+        ctx.suffix = suffix
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gradient = ops.kernel("gradient", ctx.suffix)
+        return gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.slice), *[None] * 10
+
+
+loss = _ShardedLoss.apply
+
+
+def local_part(name: str, x, class_dim: int, process_group) -> tuple[Tensor, dist.ProcessGroup | None, Callable | None]:
+    """A DTensor's shard, the group over which it is sharded by class, and what makes a result a DTensor again.
+
+    Any other ``x`` is returned as it is, with ``process_group`` and None.
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")  # without it there are no DTensors
+    if tensors is None or not isinstance(x, tensors.DTensor):
+        return x, process_group, None
+    if process_group is not None:
+        raise ValueError(f"{name} is a DTensor, which knows its process group: process_group must be None")
+    sharded = [i for i, placement in enumerate(x.placements) if not placement.is_replicate()]
+    if len(sharded) > 1 or any(not x.placements[i].is_shard(class_dim) for i in sharded):
+        raise ValueError(
+            f"{name} must be sharded along its classes, Shard({class_dim}), on one dimension of its mesh and "
+            f"replicated on all others, got {x.placements}"
+        )
+    mesh = x.device_mesh
+    group = mesh.get_group(sharded[0]) if sharded else None
+
+    def wrap(result: Tensor) -> Tensor:
+        return tensors.DTensor.from_local(result, mesh, [tensors.Replicate()] * mesh.ndim, run_check=False)
+
+    return x.to_local(), group, wrap
+
+
+def replicated(x):
+    """A DTensor's full value; any other ``x`` as it is."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return x.full_tensor() if tensors is not None and isinstance(x, tensors.DTensor) else x
