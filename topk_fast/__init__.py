@@ -11,7 +11,14 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))  # a checkout: its triton_kernels lie beside this folder
 
 from . import functional
-from .nn import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NormedLinear
+from .nn import (
+    BalNoisedTopK,
+    ImbalNoisedTopK,
+    LinearBalNoisedTopK,
+    LinearImbalNoisedTopK,
+    NoisedTopK,
+    NormedLinear,
+)
 from .ops import available_backends, build_info
 
 __version__ = "0.1.0"
@@ -19,6 +26,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BalNoisedTopK",
     "ImbalNoisedTopK",
+    "LinearBalNoisedTopK",
+    "LinearImbalNoisedTopK",
     "NoisedTopK",
     "NormedLinear",
     "__version__",

@@ -7,9 +7,23 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from .functional import bal_noised_topk_loss, class_margins, imbal_noised_topk_loss, noised_topk
+from .functional import (
+    bal_noised_topk_loss,
+    class_margins,
+    imbal_noised_topk_loss,
+    linear_noised_topk_loss,
+    linear_topk,
+    noised_topk,
+)
 
-__all__ = ["BalNoisedTopK", "ImbalNoisedTopK", "NoisedTopK", "NormedLinear"]
+__all__ = [
+    "BalNoisedTopK",
+    "ImbalNoisedTopK",
+    "LinearBalNoisedTopK",
+    "LinearImbalNoisedTopK",
+    "NoisedTopK",
+    "NormedLinear",
+]
 
 
 class NoisedTopK(Module):
@@ -55,16 +69,17 @@ class NoisedTopK(Module):
 class _Loss(Module):
     """What the losses share: their parameters under the names of :mod:`topk_fast.functional`."""
 
-    def __init__(self, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend):
+    def __init__(self, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group):
         super().__init__()
         self.k, self.epsilon, self.n_sample = k, epsilon, n_sample
         self.reduction, self.ignore_index = reduction, ignore_index
         self.generator, self.seed, self.sampler, self.backend = generator, seed, sampler, backend
+        self.process_group = process_group
 
     def _extras(self):
         return dict(
             reduction=self.reduction, ignore_index=self.ignore_index, generator=self.generator, seed=self.seed,
-            sampler=self.sampler, backend=self.backend,
+            sampler=self.sampler, backend=self.backend, process_group=self.process_group,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -97,8 +112,11 @@ class BalNoisedTopK(_Loss):
         seed: int | Tensor | None = None,
         sampler: str = "auto",
         backend: str = "auto",
+        process_group=None,
     ):
-        super().__init__(k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend)
+        super().__init__(
+            k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group
+        )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return bal_noised_topk_loss(input, target, self.k, self.epsilon, self.n_sample, **self._extras())
@@ -134,8 +152,11 @@ class ImbalNoisedTopK(_Loss):
         seed: int | Tensor | None = None,
         sampler: str = "auto",
         backend: str = "auto",
+        process_group=None,
     ):
-        super().__init__(k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend)
+        super().__init__(
+            k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group
+        )
         self.scale = scale
         self.register_buffer("m_list", class_margins(cls_num_list, max_m))
 
@@ -146,6 +167,172 @@ class ImbalNoisedTopK(_Loss):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale}, classes={len(self.m_list)}"
+
+
+class _LinearLoss(_Loss):
+    """What the losses that own a classifier share: its parameters, this rank's classes alone in a process group."""
+
+    def __init__(
+        self, in_features, n_classes, bias, normalize, chunk_size, sparse_grad, device, dtype, *loss_args
+    ):  # fmt: skip
+        super().__init__(*loss_args)
+        self.in_features, self.n_classes, self.normalize = in_features, n_classes, normalize
+        self.chunk_size, self.sparse_grad = chunk_size, sparse_grad
+        ranks, rank = (1, 0) if self.process_group is None else (self.process_group.size(), self.process_group.rank())
+        width = -(-n_classes // ranks)
+        self.first_class = min(rank * width, n_classes)
+        n_local = min(width, n_classes - self.first_class)
+        self.weight = Parameter(torch.empty(n_local, in_features, device=device, dtype=dtype))
+        if bias:
+            self.bias = Parameter(torch.empty(n_local, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights as :class:`NormedLinear` or :class:`torch.nn.Linear` draws them, the same for any number of ranks.
+
+        All ranks must have called ``torch.manual_seed`` with the same number for that. Blocks of classes are drawn in
+        turn, and each rank keeps its own, so that no rank holds them all.
+        """
+        bound = self.in_features**-0.5
+        for parameter in filter(lambda p: p is not None, (self.weight, self.bias)):
+            for start in range(0, self.n_classes, _BLOCK):
+                block = parameter.new_empty((min(_BLOCK, self.n_classes - start), *parameter.shape[1:]))
+                with torch.no_grad():
+                    block.normal_() if self.normalize and block.dim() == 2 else block.uniform_(-bound, bound)
+                    first, end = (min(max(self.first_class, start), start + len(block)), 0)
+                    end = max(first, min(self.first_class + len(parameter), start + len(block)))
+                    parameter[first - self.first_class : end - self.first_class] = block[first - start : end - start]
+
+    def _layer(self):
+        return dict(normalize=self.normalize, chunk_size=self.chunk_size)
+
+    def topk(self, input: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """The ``k`` best logits and classes of every row, see :func:`~topk_fast.functional.linear_topk`.
+
+        ``k`` is the loss's if not given.
+        """
+        k = self.k if k is None else k
+        return linear_topk(
+            input, self.weight, k, self.bias, backend=self.backend, process_group=self.process_group, **self._layer()
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, n_classes={self.n_classes}, bias={self.bias is not None}, "
+            f"normalize={self.normalize}, sparse_grad={self.sparse_grad}, {super().extra_repr()}"
+        )
+
+
+_BLOCK = 1 << 16  # classes whose first weights are drawn at a time
+
+
+class LinearBalNoisedTopK(_LinearLoss):
+    """A classifier's last layer and :class:`BalNoisedTopK` in one, for up to millions of classes.
+
+    Owns ``weight`` [n_classes, in_features] and ``bias`` as :class:`torch.nn.Linear` does, and computes
+    :func:`~topk_fast.functional.linear_noised_topk_loss`, which never holds all logits. With ``process_group`` each
+    rank owns, in the order of ranks, the next ceil(n_classes / ranks) classes, and its state_dict holds those.
+
+    Example:
+        >>> import torch
+        >>> from topk_fast import LinearBalNoisedTopK
+        >>> head = LinearBalNoisedTopK(16, 50_000, k=5, epsilon=1.0, bias=False, sparse_grad=True)
+        >>> optimizer = torch.optim.SparseAdam(head.parameters())
+        >>> head(torch.randn(8, 16), torch.randint(50_000, (8,))).backward()
+        >>> optimizer.step()
+        >>> values, classes = head.topk(torch.randn(8, 16))
+        >>> classes.shape
+        torch.Size([8, 5])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        n_classes: int,
+        k: int,
+        epsilon: float,
+        n_sample: int = 5,
+        *,
+        bias: bool = True,
+        normalize: bool = False,
+        scale: float = 1.0,
+        chunk_size: int | None = None,
+        sparse_grad: bool = False,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        sampler: str = "auto",
+        backend: str = "auto",
+        process_group=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(
+            in_features, n_classes, bias, normalize, chunk_size, sparse_grad, device, dtype, k, epsilon, n_sample,
+            reduction, ignore_index, generator, seed, sampler, backend, process_group,
+        )  # fmt: skip
+        self.scale = scale
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return linear_noised_topk_loss(
+            input, self.weight, target, self.bias, k=self.k, epsilon=self.epsilon, n_sample=self.n_sample,
+            scale=self.scale, sparse_grad=self.sparse_grad, **self._layer(), **self._extras(),
+        )  # fmt: skip
+
+
+class LinearImbalNoisedTopK(_LinearLoss):
+    """A classifier's last layer and :class:`ImbalNoisedTopK` in one: cosine logits and a margin for each class.
+
+    As :class:`LinearBalNoisedTopK`, with ``normalize=True`` and no bias as in :class:`NormedLinear` unless told
+    otherwise. ``cls_num_list`` counts the examples of all classes on every rank; the margins are the buffer ``m_list``.
+
+    Example:
+        >>> import torch
+        >>> from topk_fast import LinearImbalNoisedTopK
+        >>> head = LinearImbalNoisedTopK(16, k=1, epsilon=0.01, max_m=0.3, cls_num_list=[500, 15, 3])
+        >>> head(torch.randn(8, 16), torch.randint(3, (8,))).backward()
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        k: int,
+        epsilon: float,
+        max_m: float,
+        cls_num_list: Sequence[int],
+        scale: float = 50,
+        n_sample: int = 5,
+        *,
+        bias: bool = False,
+        normalize: bool = True,
+        chunk_size: int | None = None,
+        sparse_grad: bool = False,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        sampler: str = "auto",
+        backend: str = "auto",
+        process_group=None,
+        device=None,
+        dtype=None,
+    ):
+        margins = class_margins(cls_num_list, max_m)
+        super().__init__(
+            in_features, len(margins), bias, normalize, chunk_size, sparse_grad, device, dtype, k, epsilon, n_sample,
+            reduction, ignore_index, generator, seed, sampler, backend, process_group,
+        )  # fmt: skip
+        self.scale = scale
+        self.register_buffer("m_list", margins.to(device))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return linear_noised_topk_loss(
+            input, self.weight, target, self.bias, k=self.k, epsilon=self.epsilon, n_sample=self.n_sample,
+            margins=self.m_list, scale=self.scale, sparse_grad=self.sparse_grad, **self._layer(), **self._extras(),
+        )  # fmt: skip
 
 
 class NormedLinear(Module):

@@ -35,6 +35,14 @@ def merge(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(2, order), classes.gather(2, order)
 
 
+def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n] of every rank, one all-gather -> [ranks, n]."""
+    out = x.new_empty(group.size() * x.numel())
+    single = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch < 2.13
+    getattr(dist, single)(out, x, group=group)
+    return out.view(-1, x.numel())
+
+
 @dataclass(frozen=True)
 class Shards:
     """Which classes this rank holds, and what the ranks agreed on."""
@@ -57,9 +65,7 @@ class Shards:
         word = torch.int64 if values.dtype == torch.float64 else torch.int32
         lists = torch.stack([values.view(word), classes.to(word)])  # [2, N, B, k]
         own = torch.cat([lists.flatten(), true_score.to(values.dtype).view(word)])
-        gathered = own.new_empty((len(self.sizes), own.numel()))
-        dist.all_gather_into_tensor(gathered, own, group=self.group)
-        lists, scores = gathered.split([lists.numel(), n_rows], dim=1)
+        lists, scores = _all_gather(own, self.group).split([lists.numel(), n_rows], dim=1)
         lists = lists.reshape(-1, 2, n_rows, n_sample, k).movedim(0, 3).flatten(3)  # [2, N, B, ranks * k]
         values, classes = merge(lists[0].view(values.dtype), lists[1].to(torch.int64), k)
         ends = torch.tensor(self.sizes, device=target.device).cumsum(0)
@@ -95,12 +101,11 @@ class Meeting:
 
     def _exchange(self, message: list[int]) -> list[list[int]]:
         self.over = True
+        # Gloo where there is one, for the message is the host's; else NCCL's device.
         on_cpu = "cpu" in dist.get_backend_config(self.group)
         device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         own = torch.tensor(message, dtype=torch.int64, device=device)
-        everyone = own.new_empty((self.group.size(), _SLOTS))
-        dist.all_gather_into_tensor(everyone, own, group=self.group)
-        return everyone.tolist()
+        return _all_gather(own, self.group).tolist()
 
     def agree(
         self, n_classes: int, target: Tensor, margins: Tensor | None, k: int, seed: Tensor, fixed_seed: bool,

@@ -1,0 +1,480 @@
+"""Contract under test: classes sharded over ranks give the loss and the gradients of one process with all classes.
+
+Processes are started once for each number of ranks and run every case; the tests compare what came out with one process
+here. Bit for bit with the dense sampler; in distribution with the thinned one.
+"""
+
+import datetime
+import functools
+import multiprocessing
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from scipy import stats
+
+from topk_fast import BalNoisedTopK, ImbalNoisedTopK, LinearBalNoisedTopK, LinearImbalNoisedTopK, ops, sharding
+from topk_fast.functional import bal_noised_topk_loss, imbal_noised_topk_loss, linear_noised_topk_loss, linear_topk
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo"
+)
+N, L, D, K = 9, 60, 8, 4
+WORLDS = (1, 2, 4)
+SIZES = {  # how the L classes lie on 4 ranks; fewer ranks take neighbours together
+    "even": (15, 15, 15, 15),
+    "ragged": (1, 40, 12, 7),
+    "empty and single": (0, 1, 59, 0),
+    "all on the last": (0, 0, 0, 60),
+}
+MARGINS = torch.linspace(0.1, 0.6, L)
+
+
+def sizes_of(name, world):
+    step = 4 // world
+    return [sum(SIZES[name][i : i + step]) for i in range(0, 4, step)]
+
+
+def part_of(sizes, rank):
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def batch(dtype=torch.float32):
+    target = torch.tensor([0, 59, 15, -100, 1, 2, 30, 58, 14])  # on every rank, and ignored
+    return randn(N, L, dtype=dtype), target
+
+
+def layer(dtype=torch.float32):
+    return randn(N, D, seed=1, dtype=dtype), randn(L, D, seed=2, dtype=dtype), randn(L, seed=3, dtype=dtype)
+
+
+LOSSES = {
+    "balanced": lambda x, y, **more: bal_noised_topk_loss(x, y, K, 0.5, **more),
+    "imbalanced": lambda x, y, **more: imbal_noised_topk_loss(x, y, K, MARGINS, 0.5, 7.0, **more),
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# What the ranks run. A case gets (rank, world) and returns what is to be compared.
+
+
+def scores_case(rank, world, sizes, name, dtype, reduction, backend, sampler="dense", change=None):
+    scores, target = batch(DTYPES[dtype])
+    if change:
+        scores, target = change(scores, target)
+    own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
+    x = scores[:, own].clone().requires_grad_()
+    group = None if world == 0 else dist.group.WORLD
+    loss = LOSSES[name](x, target, seed=5, reduction=reduction, sampler=sampler, backend=backend, process_group=group)
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+def linear_case(
+    rank, world, sizes, dtype="float32", bias=True, normalize=False, sparse=False, chunk=None, margins=None
+):
+    x, weight, b = layer(DTYPES[dtype])
+    own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
+    x.requires_grad_()
+    weight, b = weight[own].clone().requires_grad_(), b[own].clone().requires_grad_()
+    loss = linear_noised_topk_loss(
+        x, weight, batch()[1], b if bias else None, k=K, epsilon=0.5, margins=margins, scale=3.0, normalize=normalize,
+        sparse_grad=sparse, chunk_size=chunk, seed=5, sampler="dense", reduction="none",
+        process_group=None if world == 0 else dist.group.WORLD,
+    )  # fmt: skip
+    loss.sum().backward()
+    grad = weight.grad.to_dense() if sparse else weight.grad
+    return loss.detach(), x.grad, grad, b.grad if bias else torch.zeros(())
+
+
+def with_nan_and_masks(scores, target):
+    scores[0, 20], scores[2, :50], scores[4] = float("nan"), -float("inf"), 1.0
+    return scores, target
+
+
+def with_more_dimensions(scores, target):
+    return scores.view(3, 3, L).transpose(1, 2), target.view(3, 3)
+
+
+def dtensor_case(rank, world, sizes, kind):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    scores, target = batch()
+    x, weight, b = layer()
+    if world == 0:
+        leaves = [t.requires_grad_() for t in ([scores] if kind == "scores" else [x, weight, b])]
+    else:
+        shape, placements = ((2, 2), (Replicate(), Shard(0))) if kind == "2d mesh" else ((world,), (Shard(0),))
+        mesh = init_device_mesh("cpu", shape)
+        if kind == "scores":
+            leaves = [distribute_tensor(scores, mesh, [Shard(1)]).requires_grad_()]
+            target = distribute_tensor(target, mesh, [Replicate()])
+        else:
+            leaves = [x, *(distribute_tensor(t, mesh, placements) for t in (weight, b))]
+            leaves = [t.requires_grad_() for t in leaves]
+    common = dict(seed=5, sampler="dense")
+    if kind == "scores":
+        loss = bal_noised_topk_loss(leaves[0], target, K, 0.5, **common)
+    else:
+        loss = linear_noised_topk_loss(leaves[0], leaves[1], target, leaves[2], k=K, epsilon=0.5, **common)
+    loss.backward()
+    if world == 0:
+        return loss.detach(), *(t.grad for t in leaves)
+    assert isinstance(loss, DTensor) and all(p.is_replicate() for p in loss.placements)
+    for t in leaves:
+        assert type(t.grad) is type(t) and getattr(t.grad, "placements", 0) == getattr(t, "placements", 0)
+    return loss.full_tensor().detach(), *(t.grad.full_tensor() if isinstance(t, DTensor) else t.grad for t in leaves)
+
+
+def seeds_case(rank, world, sizes):
+    """Ranks with their own generators: the loss and what they drew."""
+    scores, target = batch()
+    own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
+    torch.manual_seed(100 + rank)
+    criterion = BalNoisedTopK(K, 0.5, sampler="dense", process_group=None if world == 0 else dist.group.WORLD)
+    return torch.stack([criterion(scores[:, own], target) for _ in range(3)])
+
+
+def messages_case(rank, world, sizes, kind):
+    """How often the ranks talk: forward, backward."""
+    counts, calls = [], []
+
+    def counting(function):
+        @functools.wraps(function)
+        def call(*args, **more):
+            calls.append((function.__name__, args[0].numel()))
+            return function(*args, **more)
+
+        return call
+
+    kept = sharding._all_gather, dist.all_reduce
+    sharding._all_gather, dist.all_reduce = map(counting, kept)
+    try:
+        own = part_of(sizes_of(sizes, world), rank)
+        x, weight, b = (t.requires_grad_() for t in layer())
+        if kind == "scores":
+            scores, target = batch()
+            loss = bal_noised_topk_loss(scores[:, own].requires_grad_(), target, K, 0.5, process_group=dist.group.WORLD)
+        else:
+            loss = linear_noised_topk_loss(x, weight[own], batch()[1], k=K, epsilon=0.5, process_group=dist.group.WORLD)
+        counts.append(list(calls))
+        calls.clear()
+        loss.backward()
+        counts.append(list(calls))
+    finally:
+        sharding._all_gather, dist.all_reduce = kept
+    return counts
+
+
+WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must hear
+    "k": (lambda a: a | {"k": 3}, "all ranks must pass the same k", "all ranks must pass the same k"),
+    "epsilon": (lambda a: a | {"epsilon": 0.25}, "the same epsilon", "the same epsilon"),
+    "n_sample": (lambda a: a | {"n_sample": 4}, "the same n_sample", "the same n_sample"),
+    "scale": (lambda a: a | {"scale": 2.0}, "the same scale", "the same scale"),
+    "sampler": (lambda a: a | {"sampler": "thinned"}, "the same dense", "the same dense"),
+    "ignore_index": (lambda a: a | {"ignore_index": -1}, "the same ignore_index", "the same ignore_index"),
+    "seed": (lambda a: a | {"seed": 6}, "the same seed", "the same seed"),
+    "no seed": (lambda a: a | {"seed": None}, "the same seed", "the same seed"),
+    "rows": (
+        lambda a: a | {"input": a["input"][1:], "target": a["target"][1:]},
+        "the same shape of target",
+        "the same shape of target",
+    ),
+    "target": (lambda a: a | {"target": a["target"].roll(1)}, "the same target", "the same target"),
+    "margins": (lambda a: a | {"margins": MARGINS * 2}, "the same margins", "the same margins"),
+    "number of margins": (lambda a: a | {"margins": MARGINS[:-1]}, "the same margins", "the same margins"),
+    "dtype": (
+        lambda a: {n: t.double() if n in ("input", "weight") else t for n, t in a.items()}, "the same dtype", "the same dtype",
+    ),
+    "width": (
+        lambda a: a | {"input": a["input"][:, 1:], "weight": a["weight"][:, 1:]}, "the same width", "the same width",
+    ),
+    "gradient": (lambda a: a | {"input": a["input"].detach()}, "input_requires_grad", "input_requires_grad"),
+    "a bad argument": (lambda a: a | {"epsilon": -1.0}, "rank 1 cannot take part", "epsilon must be at least 0"),
+    "a bad tensor": (lambda a: a | {"target": None}, "rank 1 cannot take part", "target must be a tensor"),
+    "no backend": (lambda a: a | {"backend": "cuda"}, "rank 1 cannot take part", "backend 'cuda' is not available"),
+}  # fmt: skip
+WRONG_EVERYWHERE = {  # what cannot be known before the ranks have met
+    "k": (lambda a: a | {"k": 60}, r"k must be in [1, L - 1] = [1, 59], got 60"),
+    "margins": (lambda a: a | {"margins": MARGINS[:-1]}, "margins must have shape [L] = [60], got [59]"),
+    "label": (lambda a: a | {"target": a["target"].clamp(max=3) + 57}, "target must be in [0, L - 1] = [0, 59]"),
+}
+
+
+def wrong_case(rank, world, sizes, change, everywhere=False):
+    own = part_of(sizes_of(sizes, world), rank)
+    x, weight, _ = layer()
+    arguments = dict(
+        input=x.requires_grad_(), weight=weight[own], target=batch()[1], k=K, epsilon=0.5, n_sample=5, scale=1.0,
+        sampler="dense", ignore_index=-100, seed=5, margins=MARGINS, backend="auto",
+    )  # fmt: skip
+    if rank == 1 or everywhere:
+        arguments = change(arguments)
+    try:
+        linear_noised_topk_loss(**arguments, process_group=dist.group.WORLD)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def mixed_case(rank, world, sizes):
+    """Ranks that call different functions."""
+    scores, target = batch()
+    x, weight, _ = layer()
+    own = part_of(sizes_of(sizes, world), rank)
+    try:
+        if rank:
+            bal_noised_topk_loss(scores[:, own], target, K, process_group=dist.group.WORLD)
+        else:
+            linear_topk(x, weight[own], K, process_group=dist.group.WORLD)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def topk_case(rank, world, sizes, chunk):
+    x, weight, b = layer()
+    own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
+    group = None if world == 0 else dist.group.WORLD
+    return linear_topk(x, weight[own], 17, b[own], chunk_size=chunk, process_group=group)
+
+
+def modules_case(rank, world, sizes, name):
+    """A step of the modules that own a weight: the same first weights, whatever the number of ranks."""
+    torch.manual_seed(3)
+    group = None if world == 0 else dist.group.WORLD
+    common = dict(seed=4, sampler="dense", process_group=group)
+    if name == "balanced":
+        module = LinearBalNoisedTopK(D, L, K, 0.5, **common)
+    else:
+        module = LinearImbalNoisedTopK(D, K, 0.05, 0.3, range(1, L + 1), **common)
+    x, target = layer()[0].requires_grad_(), batch()[1]
+    loss = module(x, target)
+    loss.backward()
+    return loss.detach(), x.grad, *(part for p in module.parameters() for part in (p.detach(), p.grad))
+
+
+def thinned_case(rank, world, sizes):
+    """Losses and how often each class was the second, of many rows alike and long enough for the thinned sampler."""
+    scores = randn(1, 50 * L, seed=7).repeat(4000, 1)
+    target = torch.full((4000,), int(scores[0].argmin()))
+    own = slice(None) if world == 0 else part_of([50 * n for n in sizes_of(sizes, world)], rank)
+    x = scores[:, own].requires_grad_()
+    group = None if world == 0 else dist.group.WORLD
+    seed = 9 if world else 10  # of its own: classes above the cut would have the same noise, and counts be dependent
+    losses = bal_noised_topk_loss(x, target, 1, 1.0, 1, seed=seed, reduction="none", process_group=group)
+    losses.sum().backward()
+    return losses.detach(), x.grad.sum(0)
+
+
+BACKENDS = ["cpp", "torch"] if ops.HAS_CPP else ["torch"]
+CASES = {
+    **{
+        f"{name}, {sizes}, {dtype}, {backend}": (scores_case, sizes, name, dtype, "none", backend)
+        for name in LOSSES for sizes in SIZES for dtype in DTYPES for backend in BACKENDS
+    },
+    **{f"reduction {r}": (scores_case, "ragged", "imbalanced", "float32", r, "auto") for r in ("mean", "sum")},
+    "NaN and masks": (scores_case, "ragged", "balanced", "float32", "none", "auto", "dense", with_nan_and_masks),
+    "more dimensions": (scores_case, "ragged", "balanced", "float32", "none", "auto", "dense", with_more_dimensions),
+    **{f"linear, {sizes}": (linear_case, sizes) for sizes in SIZES},
+    "linear in float64": (linear_case, "ragged", "float64"),
+    "linear in bfloat16": (linear_case, "ragged", "bfloat16"),
+    "linear without bias": (linear_case, "ragged", "float32", False),
+    "linear with cosine logits": (linear_case, "ragged", "float32", False, True),
+    "linear with a sparse gradient": (linear_case, "empty and single", "float32", True, True, True),
+    "linear in chunks": (linear_case, "ragged", "float32", True, False, False, 7),
+    "linear with margins": (linear_case, "even", "float32", True, False, False, None, MARGINS),
+    "top-k": (topk_case, "ragged", None),
+    "top-k in chunks": (topk_case, "empty and single", 7),
+    "DTensor scores": (dtensor_case, "even", "scores"),
+    "DTensor weight": (dtensor_case, "even", "linear"),
+    "linear module": (modules_case, "even", "balanced"),
+    "linear module with margins": (modules_case, "even", "imbalanced"),
+    "seeds": (seeds_case, "ragged"),
+    "thinned": (thinned_case, "ragged"),
+    "messages of scores": (messages_case, "ragged", "scores"),
+    "messages of linear": (messages_case, "ragged", "linear"),
+    **{f"wrong {name}": (wrong_case, "ragged", change) for name, (change, *_) in WRONG.items()},
+    **{f"all wrong {name}": (wrong_case, "ragged", change, True) for name, (change, _) in WRONG_EVERYWHERE.items()},
+    "mixed": (mixed_case, "ragged"),
+}  # fmt: skip
+ON_FOUR = {"DTensor weight on a mesh of two dimensions": (dtensor_case, "even", "2d mesh")}
+
+
+def serve(rank, world, store, out):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # all are here: no look-up of the machine's name
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+    )
+    results = {}
+    for name, (case, *args) in (CASES | (ON_FOUR if world == 4 else {})).items():
+        if world > 1 or case not in (wrong_case, mixed_case):
+            try:
+                results[name] = case(rank, world, *args)
+            except Exception:
+                results[name] = traceback.format_exc()
+                break  # the others may wait for this rank: their own timeout ends them
+    torch.save(results, out)
+    dist.barrier()  # none leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What every rank returned, by number of ranks: {world: [{case: result}, ...]}."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "topk_fast", "scipy.stats"])
+    found = {}
+    for world in WORLDS:
+        folder = tmp_path_factory.mktemp(f"ranks{world}")
+        outs = [folder / f"{rank}.pt" for rank in range(world)]
+        processes = [context.Process(target=serve, args=(r, world, folder / "store", outs[r])) for r in range(world)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(180)
+            if process.is_alive():
+                process.kill()
+        found[world] = [torch.load(out, weights_only=False) if out.exists() else {} for out in outs]
+    return found
+
+
+def result_of(ranks, world, name):
+    results = [answers.get(name, "this rank did not come so far") for answers in ranks[world]]
+    for rank, result in enumerate(results):
+        assert not isinstance(result, str) or name.split()[0] in ("wrong", "all", "mixed"), f"rank {rank}: {result}"
+    return results
+
+
+def alone(name):
+    case, *args = (CASES | ON_FOUR)[name]
+    return case(0, 0, *args)
+
+
+every_world = pytest.mark.parametrize("world", WORLDS)
+SCORES = [name for name, (case, *_) in CASES.items() if case is scores_case]
+LINEAR = [name for name, (case, *_) in CASES.items() if case in (linear_case, modules_case)]
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@every_world
+@pytest.mark.parametrize("name", SCORES)
+def test_sharded_scores_give_the_bits_of_one_process(ranks, world, name):
+    loss, grad = alone(name)
+    assert grad.count_nonzero() > 0
+    results = result_of(ranks, world, name)
+    for ours, _ in results:
+        same(ours, loss)
+    same(torch.cat([g for _, g in results], dim=1), grad)
+
+
+@every_world
+@pytest.mark.parametrize("name", LINEAR)
+def test_sharded_linear_loss_is_that_of_one_process(ranks, world, name):
+    """Within a matmul's rounding: a shard's matmul may add in another order, and ranks' input gradients are added up."""
+    loss, x_grad, *parameters = alone(name)
+    results = result_of(ranks, world, name)
+    tolerance = dict(rtol=2**-6, atol=2**-6) if "bfloat16" in name else dict(rtol=1e-5, atol=1e-5)
+    for ours, theirs, *_ in results:
+        torch.testing.assert_close(ours, loss, **tolerance)
+        torch.testing.assert_close(theirs, x_grad, **tolerance)
+        same(theirs, results[0][1])
+    for whole, *parts in zip(parameters, *(r[2:] for r in results)):
+        torch.testing.assert_close(torch.cat(parts) if whole.dim() else parts[0], whole, **tolerance)
+
+
+@every_world
+@pytest.mark.parametrize("name", ["top-k", "top-k in chunks"])
+def test_sharded_topk(ranks, world, name):
+    x, weight, b = layer()
+    expected = F.linear(x, weight, b).topk(17)
+    for values, classes in [alone(name), *result_of(ranks, world, name)]:
+        torch.testing.assert_close(values, expected.values)
+        assert torch.equal(classes, expected.indices)
+
+
+@every_world
+@pytest.mark.parametrize("name", ["DTensor scores", "DTensor weight"])
+def test_dtensors(ranks, world, name):
+    for result in result_of(ranks, world, name):
+        for given, expected in zip(result, alone(name), strict=True):
+            torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dtensor_on_a_mesh_of_two_dimensions(ranks):
+    name = "DTensor weight on a mesh of two dimensions"
+    for result in result_of(ranks, 4, name):
+        for given, expected in zip(result, alone(name), strict=True):
+            torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_world
+def test_the_seed_is_rank_0s(ranks, world):
+    """Rank 0's generator gives what it gives alone, call by call, and all ranks agree."""
+    for result in result_of(ranks, world, "seeds"):
+        same(result, alone("seeds"))
+    assert len(alone("seeds").unique()) == 3
+
+
+@every_world
+def test_thinned_sampler_has_the_distribution_of_one_process(ranks, world):
+    losses, counts = alone("thinned")
+    results = result_of(ranks, world, "thinned")
+    for ours, _ in results:
+        same(ours, results[0][0])
+    p = stats.ks_2samp(results[0][0].numpy(), losses.numpy()).pvalue
+    table = torch.stack([torch.cat([c for _, c in results]), counts])
+    table = table[:, (table >= 0).all(0)]  # without the true class, which has all rows less
+    often = table.sum(0) >= 20
+    table = torch.cat([table[:, often], table[:, ~often].sum(1, keepdim=True)], dim=1)
+    q = stats.chi2_contingency(table.numpy()).pvalue
+    print(f"{world} ranks: KS p = {p:.3g}, chi-square p = {q:.3g} over {table.shape[1]} classes")
+    assert table.shape[1] > 20 and min(p, q) > 1e-4
+
+
+@every_world
+def test_messages(ranks, world):
+    """One exchange of sizes and one packed all-gather; backward nothing for scores, one sum for the linear form."""
+    forward = [("_all_gather", sharding._SLOTS), ("_all_gather", N * (2 * 5 * (K + 1) + 1))]
+    for result in result_of(ranks, world, "messages of scores"):
+        assert result == [forward, []]
+    for result in result_of(ranks, world, "messages of linear"):
+        assert result == [forward, [("all_reduce", N * D)]]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", WRONG)
+def test_ranks_that_disagree_all_raise(ranks, world, name):
+    results = result_of(ranks, world, f"wrong {name}")
+    for rank, result in enumerate(results):
+        assert result is not None and WRONG[name][2 if rank == 1 else 1] in result
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", WRONG_EVERYWHERE)
+def test_what_is_wrong_with_all_classes_known_raises_everywhere(ranks, world, name):
+    for result in result_of(ranks, world, f"all wrong {name}"):
+        assert result is not None and WRONG_EVERYWHERE[name][1] in result
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_ranks_that_call_different_functions(ranks, world):
+    for result in result_of(ranks, world, "mixed"):
+        assert "all ranks must pass the same function" in result
+
+
+def test_a_group_that_is_none():
+    scores, target = batch()
+    with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup"):
+        BalNoisedTopK(K, 0.5, process_group="gloo")(scores, target)
+    with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup"):
+        ImbalNoisedTopK(K, 0.5, 0.3, range(1, L + 1), process_group=1)(scores, target)
