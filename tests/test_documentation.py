@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import topk_fast
-from topk_fast import functional, nn, noise, ops
+from topk_fast import functional, linear, nn, noise, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("module", [topk_fast, functional, nn, noise, ops], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [topk_fast, functional, linear, nn, noise, ops], ids=lambda m: m.__name__)
 def test_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0

@@ -32,7 +32,13 @@ from test_backends import (
 )
 
 from topk_fast import BalNoisedTopK, available_backends, noise, ops
-from topk_fast.functional import bal_noised_topk_loss, imbal_noised_topk_loss, noised_topk, noised_topk_candidates
+from topk_fast.functional import (
+    bal_noised_topk_loss,
+    imbal_noised_topk_loss,
+    linear_noised_topk_loss,
+    noised_topk,
+    noised_topk_candidates,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -530,3 +536,26 @@ def test_import_without_triton():
 
 def test_import_leaves_triton_alone():
     python("import sys, topk_fast; assert 'triton' not in sys.modules, 'imported before its first use'")
+
+
+def test_linear_loss():
+    """Chunks of classes with `first_class`, in a program each for a few rows: the walk over the weight on these kernels."""
+    x, weight, target = randn(3, 8).to(DEVICE), randn(500, 8, seed=1).to(DEVICE), torch.tensor([3, 499, 250])
+    found = []
+    for backend, device in (("triton", DEVICE), ("torch", DEVICE)):
+        w = weight.clone().requires_grad_()
+        losses = linear_noised_topk_loss(
+            x,
+            w,
+            target.to(device),
+            k=3,
+            epsilon=0.5,
+            n_sample=2,
+            seed=1,
+            chunk_size=300,
+            reduction="none",
+            backend=backend,
+        )
+        losses.sum().backward()
+        found.append((losses.detach(), w.grad))
+    assert_same(*found)

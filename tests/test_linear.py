@@ -1,0 +1,566 @@
+"""Contract under test: linear + loss in one is the loss of the linear layer's logits, without the logits.
+
+For equal logits, losses are equal bit for bit: where one chunk holds whole rows with both samplers, in any chunks with
+the dense one. Gradients differ by the rounding of their sums.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BACKENDS
+from scipy import stats
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from topk_fast import LinearBalNoisedTopK, LinearImbalNoisedTopK, NormedLinear, ops
+from topk_fast import linear as linear_module
+from topk_fast import nn as nn_module
+from topk_fast.functional import (
+    bal_noised_topk_loss,
+    class_margins,
+    imbal_noised_topk_loss,
+    linear_noised_topk_loss,
+    linear_topk,
+)
+
+N, D, L, K = 12, 16, 700, 5
+NAN = float("nan")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+MARGINS = class_margins(range(1, L + 1), 0.5)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+KINDS = {  # normalize, bias, margins
+    "plain": (False, False, None),
+    "with a bias": (False, True, None),
+    "cosine logits": (True, False, None),
+    "cosine logits, margins and bias": (True, True, MARGINS),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def layer(dtype=torch.float32, n_rows=N, exact=False, seed=0):
+    """Features, weight, bias and target; ``exact``: small integers, whose matmul has no rounding in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (torch.randn(*s, generator=generator) for s in ((n_rows, D), (L, D), (L,)))
+    if exact:
+        x, weight, bias = ((2 * t).round() for t in (x, weight, bias))
+    target = torch.randint(L, (n_rows,), generator=generator)
+    target[n_rows // 3 : n_rows // 3 + 1] = -100
+    return *(t.to(dtype).requires_grad_() for t in (x, weight, bias)), target
+
+
+def unfused(x, weight, bias, target, kind, **more):
+    normalize, has_bias, margins = KINDS[kind]
+    if normalize:
+        x, weight = F.normalize(x, dim=-1), F.normalize(weight, dim=-1)
+    logits = F.linear(x, weight, bias if has_bias else None)
+    if logits.dim() > 2:
+        logits = logits.movedim(-1, 1)
+    if margins is None:
+        return bal_noised_topk_loss(logits, target, K, 0.3, seed=3, **more)
+    return imbal_noised_topk_loss(logits, target, K, margins, 0.3, 20.0, seed=3, **more)
+
+
+def fused(x, weight, bias, target, kind, **more):
+    normalize, has_bias, margins = KINDS[kind]
+    return linear_noised_topk_loss(
+        x, weight, target, bias if has_bias else None, k=K, epsilon=0.3, margins=margins,
+        scale=1.0 if margins is None else 20.0, normalize=normalize, seed=3, **more,
+    )  # fmt: skip
+
+
+def gradients(loss, *leaves):
+    return torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# The loss
+
+
+@every_kind
+@every_dtype
+@every_backend
+@pytest.mark.parametrize("sampler", ["thinned", "dense"])
+def test_whole_rows_have_the_bits_of_the_unfused_loss(sampler, backend, dtype, kind):
+    args = layer(dtype)
+    common = dict(sampler=sampler, backend=backend, reduction="none")
+    same(fused(*args, kind, chunk_size=L, **common), unfused(*args, kind, **common))
+
+
+@every_dtype
+@every_backend
+@pytest.mark.parametrize("chunk", [1, 7, 350, 699])
+def test_chunks_with_the_dense_sampler_have_the_same_bits(chunk, backend, dtype):
+    args = layer(dtype, exact=True)
+    common = dict(sampler="dense", backend=backend, reduction="none")
+    same(fused(*args, "with a bias", chunk_size=chunk, **common), unfused(*args, "with a bias", **common))
+
+
+@pytest.mark.parametrize("chunk", [90, None])
+@pytest.mark.parametrize("sampler", ["thinned", "dense"])
+def test_tiles_of_rows_change_nothing(monkeypatch, sampler, chunk):
+    args = layer(exact=True)
+    expected = fused(*args, "plain", chunk_size=chunk, sampler=sampler, reduction="none")
+    monkeypatch.setattr(linear_module, "_ROWS", 5)
+    same(fused(*args, "plain", chunk_size=chunk, sampler=sampler, reduction="none"), expected)
+
+
+def test_chunks_with_the_thinned_sampler_have_the_same_distribution():
+    """Many rows alike; classes of the second best noised logit and losses, in five chunks and in one."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(1, D, generator=generator).repeat(3000, 1), torch.randn(4000, D, generator=generator) / 4
+    target = torch.full((3000,), int((x[:1] @ weight.t()).argmin()))
+    found = []
+    for seed, chunk in ((1, 800), (2, 4000)):
+        bias = torch.zeros(4000, requires_grad=True)
+        losses = linear_noised_topk_loss(
+            x, weight, target, bias, k=1, epsilon=1.0, n_sample=1, seed=seed, chunk_size=chunk, reduction="none"
+        )
+        losses.sum().backward()
+        found.append((losses.detach(), bias.grad))
+    p = stats.ks_2samp(*(losses.numpy() for losses, _ in found)).pvalue
+    table = torch.stack([counts for _, counts in found])
+    table = table[:, (table >= 0).all(0)]  # without the true class, which has all rows less
+    often = table.sum(0) >= 20
+    table = torch.cat([table[:, often], table[:, ~often].sum(1, keepdim=True)], dim=1)
+    q = stats.chi2_contingency(table.numpy()).pvalue
+    print(f"KS p = {p:.3g}, chi-square p = {q:.3g} over {table.shape[1]} classes")
+    assert table.shape[1] > 20 and min(p, q) > 1e-4
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions_and_ignored_rows(reduction):
+    x, weight, bias, target = layer(torch.float64)
+    target[:4] = 9
+    more = dict(reduction=reduction, ignore_index=9)
+    target[target == -100] = 3
+    args = (x, weight, bias, target)
+    given, expected = fused(*args, "plain", **more), unfused(*args, "plain", **more)
+    same(given, expected)
+    grads = gradients(given, x, weight)
+    assert not grads[0][:4].any() and grads[0][4:].any()
+    for a, b in zip(grads, gradients(expected, x, weight)):
+        torch.testing.assert_close(a, b)
+
+
+def test_all_rows_ignored():
+    x, weight, bias, target = layer()
+    loss = fused(x, weight, bias, target.fill_(-100), "with a bias")
+    assert loss.isnan()  # the mean of nothing, as in cross_entropy
+    for grad in gradients(fused(x, weight, bias, target, "with a bias", reduction="sum"), x, weight, bias):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_leading_dimensions(reduction, shape):
+    _, weight, bias, _ = layer()
+    x = torch.randn(*shape, D, requires_grad=True)
+    target = torch.randint(L, shape)
+    given = fused(x, weight, bias, target, "plain", reduction=reduction)
+    assert given.shape == (shape if reduction == "none" else ())
+    if len(shape) == 1:
+        same(given, unfused(x, weight, bias, target, "plain", reduction=reduction))
+    flat = fused(x.reshape(-1, D), weight, bias, target.reshape(-1), "plain", reduction=reduction)
+    same(given.reshape(flat.shape), flat)
+    grads = gradients(given, x, weight)
+    assert grads[0].shape == x.shape and grads[1].shape == weight.shape
+
+
+# Gradients
+
+
+@every_kind
+@every_dtype
+@every_backend
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_gradients_are_those_of_the_unfused_loss(chunk, backend, dtype, kind):
+    """Logits are the same; sums over B + 1 weights and over rows are rounded once to the dtype here, in one matmul there.
+
+    Tolerance: a few roundings of the dtype, relative to the largest entry.
+    """
+    x, weight, bias, target = layer(dtype, exact=KINDS[kind][0] is False)
+    leaves = (x, weight, bias) if KINDS[kind][1] else (x, weight)
+    common = dict(sampler="dense", backend=backend, reduction="sum")
+    given = gradients(fused(x, weight, bias, target, kind, chunk_size=chunk, **common), *leaves)
+    expected = gradients(unfused(x, weight, bias, target, kind, **common), *leaves)
+    for a, b in zip(given, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and b.any()
+        error = (a.double() - b.double()).abs().max() / b.double().abs().max()
+        assert error <= 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_half_precision_are_float32_ones_rounded_once(dtype):
+    """Small integers make logits, and so classes, the same in both; what is left is the last rounding."""
+    half, wide = layer(dtype, exact=True), layer(exact=True)
+    common = dict(sampler="dense", reduction="sum")
+    given = gradients(fused(*half, "with a bias", **common), *half[:3])
+    expected = gradients(fused(*wide, "with a bias", **common), *wide[:3])
+    for a, b in zip(given, expected, strict=True):
+        assert b.any()
+        same(a, b.to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [None, 11])
+def test_gradcheck(chunk, kind):
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (
+        torch.randn(*s, generator=generator, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (L, 3), (L,))
+    )
+    target = torch.tensor([0, 5, -100, 699])
+
+    def function(x, some_weight, some_bias):
+        return fused(
+            x, torch.cat([some_weight, weight[20:].detach()]), torch.cat([some_bias, bias[20:].detach()]), target, kind,
+            chunk_size=chunk, reduction="none",
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(
+        function, (x, weight[:20].detach().requires_grad_(), bias[:20].detach().requires_grad_())
+    )
+
+
+@every_kind
+def test_a_sparse_gradient_is_the_dense_one(kind):
+    x, weight, bias, target = layer()
+    dense = gradients(fused(x, weight, bias, target, kind), x, weight)
+    given = gradients(fused(x, weight, bias, target, kind, sparse_grad=True), x, weight)
+    same(given[0], dense[0])
+    sparse = given[1]
+    assert sparse.is_sparse and sparse.is_coalesced() and sparse.dtype == weight.dtype
+    assert 0 < sparse._nnz() <= N * 6 and (sparse.indices()[0].diff() > 0).all()
+    same(sparse.to_dense(), dense[1])
+    same(sparse.indices()[0], dense[1].any(1).nonzero()[:, 0])  # no row without an entry
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.SparseAdam])
+def test_optimizers_take_sparse_gradients_and_touch_no_other_row(optimizer):
+    x, weight, _, target = layer()
+    stepped = []
+    for sparse in (True, False):
+        parameter = nn.Parameter(weight.detach().clone())
+        linear_noised_topk_loss(x, parameter, target, k=K, epsilon=0.3, seed=1, sparse_grad=sparse).backward()
+        if not sparse:
+            parameter.grad = parameter.grad.to_sparse(1)
+        optimizer([parameter], lr=0.1).step()
+        stepped.append((parameter.detach(), parameter.grad.coalesce()))
+    (given, grad), (expected, _) = stepped
+    same(given, expected)
+    changed = (given != weight).any(1).nonzero()[:, 0]
+    assert torch.equal(changed, grad.indices()[0]) and 0 < len(changed) <= N * 6
+
+
+def test_rows_without_loss_touch_nothing():
+    x, weight, _, target = layer()
+    with torch.no_grad():
+        weight[target.clamp(min=0)] += 100 * x  # far ahead of all margins
+    losses = linear_noised_topk_loss(x, weight, target, k=K, epsilon=0.1, seed=1, reduction="none", sparse_grad=True)
+    assert not losses.any()
+    grads = gradients(losses, x, weight)
+    assert not grads[0].any() and grads[1]._nnz() == 0
+
+
+@pytest.mark.parametrize("missing", ["input", "weight", "bias", "all but bias"])
+def test_gradients_that_nobody_wants(missing):
+    x, weight, bias, target = layer()
+    expected = gradients(fused(x, weight, bias, target, "with a bias"), x, weight, bias)
+    wanted = {"input": (0, 1, 1), "weight": (1, 0, 1), "bias": (1, 1, 0), "all but bias": (0, 0, 1)}[missing]
+    leaves = [t.requires_grad_(bool(on)) for t, on in zip((x, weight, bias), wanted)]
+    fused(*leaves, target, "with a bias").backward()
+    for leaf, on, grad in zip(leaves, wanted, expected):
+        if on:
+            same(leaf.grad, grad)
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_repeated_backwards_have_the_same_bits_with_any_number_of_threads(sparse):
+    x, weight, bias, target = layer(n_rows=3000)
+    target = target % 5  # many rows to add up
+    results = []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            grads = gradients(
+                linear_noised_topk_loss(x, weight, target, bias, k=K, epsilon=0.3, seed=1, sparse_grad=sparse),
+                weight,
+                bias,
+            )
+            results.append([g.to_dense() if g.is_sparse else g for g in grads])
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            same(a, b)
+
+
+@pytest.mark.parametrize("place", ["input", "weight"])
+def test_nan_is_never_hidden(place):
+    x, weight, bias, target = layer()
+    with torch.no_grad():
+        (x if place == "input" else weight)[1, 2] = NAN
+    losses = fused(x, weight, bias, target, "with a bias", reduction="none", chunk_size=100)
+    bad = torch.arange(N) == 1 if place == "input" else target != -100
+    same(losses.isnan(), bad)
+    of_x, of_weight, of_bias = gradients(losses, x, weight, bias)
+    assert of_x[bad].isnan().all() and not of_x[~bad].isnan().any()
+    assert of_weight[target[bad]].isnan().all() and of_bias[target[bad]].isnan().all()
+
+
+# Memory
+
+
+class _Largest(TorchDispatchMode):
+    """The largest number of bytes of a storage that any operation returned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.layout == torch.strided:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_no_tensor_is_larger_than_a_chunk(normalize):
+    """Chunks of 500 of 20 000 classes for 40 rows; with a sparse gradient nothing of the weight's size stands either."""
+    x, weight = torch.randn(40, D, requires_grad=True), torch.randn(20_000, D, requires_grad=True)
+    largest = _Largest()
+    with largest:
+        loss = linear_noised_topk_loss(
+            x, weight, torch.arange(40), k=K, epsilon=1.0, normalize=normalize, chunk_size=500, sparse_grad=True
+        )
+    assert largest.bytes <= 40 * 500 * 4
+    with largest:
+        loss.backward()
+    assert largest.bytes <= 40 * 500 * 4
+
+
+def test_the_default_chunk_fits_its_budget(monkeypatch):
+    x, weight, _, target = layer()
+    monkeypatch.setitem(linear_module._BYTES, "cpu", 12 * 50 * 4)
+    sizes = []
+    kernel = ops.kernel
+
+    def watched(name, suffix):
+        def call(scores, *args):
+            sizes.append(tuple(scores.shape))
+            return kernel(name, suffix)(scores, *args)
+
+        return call
+
+    monkeypatch.setattr(ops, "kernel", watched)
+    linear_noised_topk_loss(x, weight, target, k=K, epsilon=1.0)
+    assert sizes == [(12, 50)] * 14
+
+
+# Systems
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, kind):
+    x, weight, bias, target = layer()
+    with torch.autocast("cpu", dtype):
+        given = fused(x, weight, bias, target, kind, reduction="none")
+        expected = unfused(x, weight, bias, target, kind, reduction="none")
+    same(given, expected)
+    for a, b in zip(gradients(given, x, weight), gradients(expected, x, weight)):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(
+            a, b, rtol=8 * torch.finfo(dtype).eps, atol=float(b.abs().max()) * 8 * torch.finfo(dtype).eps
+        )
+
+
+@pytest.mark.parametrize("suffix", [s for s in ops.SUFFIXES if s != "_triton"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_opcheck(normalize, suffix):
+    x, weight, bias, target = layer()
+    op = getattr(torch.ops.topk_fast, "linear_candidates" + suffix).default
+    for b, y in ((bias, target), (None, None)):
+        tensors = [None if t is None else t.detach() for t in (x, weight, b, y)]
+        args = (*tensors, torch.tensor(1), 3, 0.5, 2, 100, False, normalize, 200, torch.float32)
+        torch.library.opcheck(op, args)
+
+
+def test_one_graph_for_all_seeds():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    x, weight, bias, target = layer()
+
+    def run(seed):
+        return linear_noised_topk_loss(
+            x, weight, target, bias, k=K, epsilon=0.3, seed=seed, normalize=True, chunk_size=99
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for seed in (1, 2, -3):
+        given, expected = compiled(torch.tensor(seed)), run(torch.tensor(seed))
+        same(given, expected)
+        for a, b in zip(gradients(given, x, weight, bias), gradients(expected, x, weight, bias)):
+            same(a, b)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_func_grad():
+    x, weight, bias, target = layer()
+    given = torch.func.grad(lambda w: fused(x.detach(), w, bias.detach(), target, "plain"))(weight.detach())
+    same(given, gradients(fused(x, weight, bias, target, "plain"), weight)[0])
+
+
+def test_without_gradient():
+    args = layer()
+    with torch.no_grad():
+        loss = fused(*args, "plain")
+    assert not loss.requires_grad
+    same(loss, fused(*args, "plain"))
+
+
+def test_deterministic_algorithms():
+    x, weight, bias, target = layer()
+    expected = gradients(fused(x, weight, bias, target, "with a bias"), x, weight, bias)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for a, b in zip(gradients(fused(x, weight, bias, target, "with a bias"), x, weight, bias), expected):
+            same(a, b)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# The k best logits
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 64])
+@pytest.mark.parametrize("kind", ["with a bias", "cosine logits"])
+@every_backend
+def test_topk(backend, kind, chunk):
+    x, weight, bias, _ = layer()
+    normalize, has_bias, _ = KINDS[kind]
+    a, w = (F.normalize(x, dim=-1), F.normalize(weight, dim=-1)) if normalize else (x, weight)
+    logits = F.linear(a, w, bias if has_bias else None)
+    values, classes = linear_topk(
+        x.view(3, 4, D), weight, 9, bias if has_bias else None, normalize=normalize, chunk_size=chunk, backend=backend
+    )
+    assert values.shape == classes.shape == (3, 4, 9) and not values.requires_grad
+    torch.testing.assert_close(values.view(N, 9), logits.topk(9).values)
+    assert torch.equal(classes.view(N, 9), logits.topk(9).indices)
+
+
+def test_topk_of_all_classes_and_of_nan():
+    x, weight, _, _ = layer()
+    values, classes = linear_topk(x, weight, L, chunk_size=100)
+    assert torch.equal(classes.sort().values, torch.arange(L).expand(N, L)) and (values.diff() <= 0).all()
+    with torch.no_grad():
+        x[0, 0] = NAN
+    values, classes = linear_topk(x, weight, 3, chunk_size=100)
+    assert values[0].isnan().all() and (classes[0] == -1).all() and not values[1:].isnan().any()
+
+
+# Modules
+
+
+def test_balanced_module_is_linear_and_loss():
+    torch.manual_seed(1)
+    head = LinearBalNoisedTopK(D, L, K, 0.3, seed=3)
+    linear = nn.Linear(D, L)
+    linear.load_state_dict(head.state_dict())
+    x, _, _, target = layer()
+    same(head(x, target), bal_noised_topk_loss(linear(x), target, K, 0.3, seed=3))
+    assert torch.equal(head.topk(x)[1], linear(x).topk(K).indices)
+    assert torch.equal(head.topk(x, 2)[1], linear(x).topk(2).indices)
+    assert head.weight.abs().max() <= D**-0.5 and head.bias.abs().max() <= D**-0.5
+    assert abs(head.weight.std() - D**-0.5 / 3**0.5) < 0.01  # nn.Linear's first weights: uniform to 1/sqrt(D)
+
+
+def test_imbalanced_module_is_normed_linear_and_loss():
+    torch.manual_seed(1)
+    counts = range(1, L + 1)
+    head = LinearImbalNoisedTopK(D, K, 0.05, 0.4, counts, seed=3)
+    linear = NormedLinear(D, L)
+    linear.load_state_dict({"weight": head.weight})
+    x, _, _, target = layer()
+    same(head(x, target), imbal_noised_topk_loss(linear(x), target, K, class_margins(counts, 0.4), 0.05, seed=3))
+    assert set(head.state_dict()) == {"weight", "m_list"} and head.bias is None
+
+
+def test_first_weights_do_not_depend_on_blocks_of_ranks(monkeypatch):
+    """What a rank of three would keep is its part of what one process draws in the same blocks."""
+
+    class Group:
+        def __init__(self, rank):
+            self.own = rank
+
+        size, rank = (lambda self: 3), (lambda self: self.own)
+
+    monkeypatch.setattr(nn_module, "_BLOCK", 100)
+    for make in (
+        lambda group: LinearBalNoisedTopK(D, L, K, 0.3, process_group=group),
+        lambda group: LinearImbalNoisedTopK(D, K, 0.3, 0.3, range(1, L + 1), process_group=group),
+    ):
+        parts = []
+        for group in (None, Group(0), Group(1), Group(2)):
+            torch.manual_seed(5)
+            parts.append(make(group))
+        assert [p.first_class for p in parts] == [0, 0, 234, 468]
+        same(torch.cat([p.weight for p in parts[1:]]), parts[0].weight)
+        if parts[0].bias is not None:
+            same(torch.cat([p.bias for p in parts[1:]]), parts[0].bias)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(input=[1.0]), TypeError, "input must be a tensor, got list"),
+        (dict(weight=torch.ones(L, D, dtype=torch.int64)), TypeError, "weight must be float32, .* got torch.int64"),
+        (dict(input=torch.ones(N, D + 1)), ValueError, r"weight \[L, D\], got shapes \[12, 17\] and \[700, 16\]"),
+        (dict(weight=torch.ones(D)), ValueError, r"weight \[L, D\], got shapes"),
+        (dict(weight=torch.ones(L, D).double()), TypeError, "weight must have input's dtype torch.float32, got torch.float64"),
+        (dict(bias=torch.ones(L).half()), TypeError, "bias must have input's dtype torch.float32, got torch.float16"),
+        (dict(bias=torch.ones(L - 1)), ValueError, r"bias must have shape \[L\] = \[700\], got \[699\]"),
+        (dict(weight=torch.ones(L, D, device="meta")), ValueError, "weight must be on input's device cpu, got meta"),
+        (dict(target=torch.zeros(N)), TypeError, "target must be int64"),
+        (dict(target=torch.zeros(N - 1).long()), ValueError, r"target must have shape \[12\] .* got \[11\]"),
+        (dict(target=torch.full((N,), L)), IndexError, r"target must be in \[0, L - 1\] = \[0, 699\] .* got 700"),
+        (dict(k=L), ValueError, r"k must be in \[1, L - 1\] = \[1, 699\], got 700"),
+        (dict(k=1.0), TypeError, "k must be an int, got float"),
+        (dict(epsilon=-1), ValueError, "epsilon must be at least 0"),
+        (dict(n_sample=0), ValueError, "n_sample must be in"),
+        (dict(scale=0), ValueError, "scale must be positive"),
+        (dict(margins=[1.0]), TypeError, "margins must be a tensor, got list"),
+        (dict(margins=torch.ones(3)), ValueError, r"margins must have shape \[L\] = \[700\], got \[3\]"),
+        (dict(chunk_size=0), ValueError, "chunk_size must be in"),
+        (dict(chunk_size=2.5), TypeError, "chunk_size must be an int, got float"),
+        (dict(reduction="max"), ValueError, "reduction must be"),
+        (dict(ignore_index=None), TypeError, "ignore_index must be an int"),
+        (dict(sampler="sparse"), ValueError, "sampler must be"),
+        (dict(backend="cuda"), RuntimeError, "backend 'cuda' is not available"),
+        (dict(seed=1, generator=torch.Generator()), ValueError, "seed and generator exclude each other"),
+    ],
+    ids=lambda x: ", ".join(x) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_errors(change, error, message):
+    x, weight, bias, target = layer()
+    arguments = dict(input=x, weight=weight, target=target, bias=bias, k=K, epsilon=0.3) | change
+    with pytest.raises(error, match=message):
+        linear_noised_topk_loss(**arguments)
+
+
+@pytest.mark.parametrize("k", [0, L + 1])
+def test_topk_out_of_range(k):
+    x, weight, _, _ = layer()
+    with pytest.raises(ValueError, match=r"k must be in \[1, L\] = \[1, 700\]"):
+        linear_topk(x, weight, k)
