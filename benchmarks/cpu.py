@@ -99,26 +99,34 @@ def _status(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
-def _memory_worker(name, n, length, n_sample, epsilon, queue):
+def _memory_worker(make, args, queue):
     torch.set_num_threads(1)
-    loss = candidates(n_sample, epsilon)[name]
-    step(loss, *batch(2, 200))  # what first calls load is not the loss's
-    scores, target = batch(n, length)
+    make(*args, small=True)()  # what first calls load is not the loss's
+    run = make(*args, small=False)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
-    step(loss, scores, target)
+    run()
     queue.put(_status("VmHWM") - before)
 
 
-def peak_memory(name, *case):
-    """Bytes that a step takes at its peak beyond scores and target, the gradient included; in a process of its own."""
+def peak_memory(make, *args):
+    """Bytes that a step takes at its peak beyond its inputs, gradients included; in a process of its own.
+
+    ``make(*args, small=...)`` returns the step, on small inputs or on those that count.
+    """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_memory_worker, args=(name, *case, queue))
+    process = context.Process(target=_memory_worker, args=(make, args, queue))
     process.start()
     peak = queue.get()
     process.join()
     return peak
+
+
+def one_step(name, n, length, n_sample, epsilon, small):
+    loss = candidates(n_sample, epsilon)[name]
+    scores, target = batch(*((2, 200) if small else (n, length)))
+    return lambda: step(loss, scores, target)
 
 
 def machine():
@@ -188,7 +196,7 @@ def main():
     case = (32, 100_000, 10, 1.0)
     report["memory"] = dict(zip(("N", "L", "n_sample", "epsilon"), case)) | {
         "logits_bytes": case[0] * case[1] * 4,
-        "bytes": {name: peak_memory(name, *case) for name in candidates(10, 1.0)},
+        "bytes": {name: peak_memory(one_step, name, *case) for name in candidates(10, 1.0)},
     }
     print(table(report))
     if not arguments.quick:

@@ -52,15 +52,19 @@ class PackageUnavailable(RuntimeError):
     """The Debian package could not be fetched or unpacked; the message says what to do."""
 
 
-def load(cache: Path) -> Dataset:
-    """The data set from `cache`, downloading and parsing on first use."""
+def load(cache: Path, whole: bool = False) -> Dataset:
+    """The data set from `cache`, downloading and parsing on first use.
+
+    Args:
+        whole: every named species and the whole gene, in place of the V4 region and species with enough rows.
+    """
 
     def build() -> Dataset:
         with tempfile.TemporaryDirectory(dir=cache) as unpacked:
-            return parse(unpack(fetch(cache), Path(unpacked)))
+            return parse(unpack(fetch(cache), Path(unpacked)), whole)
 
     cache.mkdir(parents=True, exist_ok=True)
-    return cached(cache / "species.npz", build)
+    return cached(cache / ("species_whole.npz" if whole else "species.npz"), build)
 
 
 def fetch(cache: Path) -> Path:
@@ -96,21 +100,21 @@ def _run(command: list[str], folder: Path) -> None:
         raise PackageUnavailable(f"`{' '.join(command)}` failed:\n{done.stderr.strip()}\n{remedy}")
 
 
-def parse(database: Path) -> Dataset:
-    """Keep the records that have a species name and a V4 region, and the species with enough of them."""
+def parse(database: Path, whole: bool = False) -> Dataset:
+    """Keep the records that have a species name and a V4 region, and the species with enough of them; or, `whole`, all."""
     records = BlastDatabase(database)
     rows = []
     for i in tqdm(range(len(records)), "reading 16S genes", unit="gene"):
         name = species_of(records.title(i))
-        region = v4_region(records.sequence(i)) if name else None
+        region = (records.sequence(i) if whole else v4_region(records.sequence(i))) if name else None
         if region:
             rows.append((name, region))
     count = Counter(name for name, _ in rows)
-    rows = [row for row in rows if count[row[0]] >= MIN_ROWS]
+    rows = [row for row in rows if count[row[0]] >= (1 if whole else MIN_ROWS)]
     classes, target = np.unique([name for name, _ in rows], return_inverse=True)
     regions, group = np.unique([region for _, region in rows], return_inverse=True)
     inputs = np.stack([kmer_counts(region) for region in tqdm(regions, f"counting {KMER}-mers", unit="gene")])
-    return Dataset("species", classes.tolist(), inputs, group, target)
+    return Dataset("all species" if whole else "species", classes.tolist(), inputs, group, target)
 
 
 def species_of(title: str) -> str | None:

@@ -1,0 +1,200 @@
+"""Every named species of the 16S set, most of them seen once: a last layer of tens of thousands of classes.
+
+Trains one network under linear + cross-entropy and under the linear noised top-K loss, whose weight has a row-sparse
+gradient for SparseAdam, and prints time, memory and accuracy of both.
+
+    python examples/all_species.py                                            # both, one process
+    torchrun --nproc-per-node 2 examples/all_species.py --losses topk         # the classes over two processes
+
+With `--sampler dense --seed 0` any number of processes gives the losses of one, but for rounding: compare the JSON files.
+Each process sees the same batches: what is sharded is the classifier, not the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import species
+from dataset import Dataset
+from report import environment, table
+from topk_fast import LinearBalNoisedTopK
+
+ROOT = Path(__file__).resolve().parent.parent
+HIDDEN, BATCH, K = 256, 256, 5
+TEST_SHARE = 4  # every fourth row of a species is a test row; a species with fewer has none
+LOSSES = ("topk", "cross-entropy")
+
+
+class LinearCrossEntropy(nn.Linear):
+    """The plain form: all logits, then their cross-entropy."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(super().forward(input), target)
+
+    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return super().forward(input).topk(k)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=LOSSES)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--steps", type=int, help="stop each training after so many")
+    parser.add_argument("--epsilon", type=float, default=0.5)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the hidden layer and of the classifier")
+    parser.add_argument("--sampler", choices=["thinned", "dense"], default="thinned")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--validation", action="store_true", help="measure on a part of the training rows, to choose by"
+    )
+    parser.add_argument("--cache", type=Path, default=ROOT / "data", help="folder of downloaded and parsed data")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "all_species.json")
+    args = parser.parse_args()
+    if "RANK" in os.environ and "cross-entropy" in args.losses:
+        parser.error("the plain form has all classes in one process: under torchrun pass --losses topk")
+    return args
+
+
+def split(target: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows for training and for the test: every fourth row of a species, in random order, is for the test."""
+    order = np.random.default_rng(seed).permutation(len(target))
+    order = order[np.argsort(target[order], kind="stable")]
+    count = np.bincount(target)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
+    chosen = rank % TEST_SHARE == TEST_SHARE - 1
+    return torch.from_numpy(order[~chosen]), torch.from_numpy(order[chosen])
+
+
+def features(data: Dataset, rows: Tensor) -> Tensor:
+    """As `Dataset.features`, of some rows alone."""
+    x = torch.from_numpy(data.inputs[data.group[rows.numpy()]]).float().sqrt_()
+    return nn.functional.normalize(x).mul_(x.shape[1] ** 0.5)
+
+
+class Memory:
+    """Peak of this process's memory above what it holds now, in MiB; None where /proc does not tell."""
+
+    def __init__(self):
+        self.before = self._read("VmRSS")
+
+    @staticmethod
+    def _read(field: str) -> float | None:
+        status = Path("/proc/self/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), None)
+
+    def reset(self) -> None:
+        """Forget earlier peaks."""
+        if self.before is not None:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> float | None:
+        return None if self.before is None else self._read("VmHWM") - self.before
+
+
+def train(
+    name: str, data: Dataset, rows: Tensor, args: argparse.Namespace, group, memory: Memory
+) -> tuple[nn.Module, nn.Module, dict]:
+    """The hidden layer, the classifier with its loss, and what the training took."""
+    torch.manual_seed(args.seed)
+    hidden = nn.Sequential(nn.Linear(data.inputs.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.5))
+    n_classes = len(data.classes)
+    if name == "topk":
+        head = LinearBalNoisedTopK(
+            HIDDEN, n_classes, K, args.epsilon, bias=False, sparse_grad=True, sampler=args.sampler, process_group=group
+        )
+        optimizers = [
+            torch.optim.AdamW(hidden.parameters(), args.lr),
+            torch.optim.SparseAdam(head.parameters(), args.lr),
+        ]
+    else:
+        head = LinearCrossEntropy(HIDDEN, n_classes, bias=False)
+        optimizers = [torch.optim.AdamW(hidden.parameters(), args.lr), torch.optim.Adam(head.parameters(), args.lr)]
+    target, steps, losses = torch.from_numpy(data.target), 0, []
+    total = min(args.epochs * -(-len(rows) // BATCH), args.steps or sys.maxsize)
+    memory.reset()
+    start, spent = time.perf_counter(), time.process_time()
+    with tqdm(total=total, desc=name, unit="step", disable=group is not None and group.rank() > 0) as bar:
+        while steps < total:
+            for batch in rows[torch.randperm(len(rows))].split(BATCH)[: total - steps]:
+                loss = head(hidden(features(data, batch)), target[batch])
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                losses.append(loss.item())
+                steps += 1
+                bar.update()
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    took = {
+        "ms a step": 1e3 * (time.perf_counter() - start) / steps,
+        "CPU ms a step": 1e3 * (time.process_time() - spent) / steps,
+        "peak MiB": memory.peak(),
+    }
+    return hidden.eval(), head, {"losses": losses} | took
+
+
+@torch.no_grad()
+def accuracy(hidden: nn.Module, head: nn.Module, data: Dataset, rows: Tensor, k: tuple[int, ...] = (1, 5, 10)) -> dict:
+    target = torch.from_numpy(data.target)
+    best = torch.cat([head.topk(hidden(features(data, batch)), max(k))[1] for batch in rows.split(1024)])
+    hits = best == target[rows, None]
+    return {f"top-{i}": float(hits[:, :i].any(1).float().mean()) for i in k}
+
+
+def main() -> None:
+    args = arguments()
+    group = None
+    if "RANK" in os.environ:  # set by torchrun
+        dist.init_process_group("gloo")
+        group = dist.group.WORLD
+    talks = group is None or group.rank() == 0
+    try:
+        data = species.load(args.cache, whole=True)
+    except species.PackageUnavailable as error:
+        sys.exit(f"error: {error}")
+    train_rows, test_rows = split(data.target, 0)
+    if args.validation:
+        inner = split(data.target[train_rows.numpy()], 1)
+        train_rows, test_rows = (train_rows[part] for part in inner)
+    count = torch.from_numpy(data.target).bincount()
+    facts = {"rows": len(data.target), "classes": len(data.classes), "test rows": len(test_rows)}
+    facts["seen once"] = float((count == 1).float().mean())
+    if talks:
+        print(f"{facts['rows']:,} rows of {facts['classes']:,} species, {facts['seen once']:.0%} of them seen once")
+    result = environment() | facts | {"processes": 1 if group is None else group.size(), "losses": {}}
+    memory = Memory()
+    for name in args.losses:
+        hidden, head, took = train(name, data, train_rows, args, group, memory)
+        result["losses"][name] = took | accuracy(hidden, head, data, test_rows)
+        del hidden, head
+    if talks:
+        columns = ("ms a step", "CPU ms a step", "peak MiB")
+        print(f"\nTraining, {torch.get_num_threads()} threads a process:")
+        print(table({name: {c: row[c] for c in columns} for name, row in result["losses"].items()}, unit=1))
+        print("\nAccuracy on the test rows, in percent:")
+        print(
+            table({name: {c: row[c] for c in ("top-1", "top-5", "top-10")} for name, row in result["losses"].items()})
+        )
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"\nfigures: {args.out}")
+    if group is not None:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
