@@ -34,6 +34,7 @@ demo: build
 
 bench: build
 	$(PYTHON) benchmarks/cpu.py $(ARGS)
+	$(PYTHON) benchmarks/linear.py $(ARGS)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
@@ -55,6 +56,7 @@ gpu: build
 	  $(PYTHON) -m pytest tests/test_triton.py -k "layout or across_blocks or ignored or list_holds" \
 	  > $(OUT)/$$tool.log 2>&1 || exit 9; done
 	OUT=$(OUT) $(PYTHON) benchmarks/gpu.py $(ARGS) 2>&1 | tee $(OUT)/benchmark.log; test $${PIPESTATUS[0]} -eq 0
+	OUT=$(OUT) $(PYTHON) benchmarks/linear.py $(ARGS) 2>&1 | tee $(OUT)/linear.log; test $${PIPESTATUS[0]} -eq 0
 
 clean:
 	rm -rf build .venv topk_fast/*.so *.egg-info

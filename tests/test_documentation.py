@@ -27,10 +27,12 @@ def test_python_blocks_run(page):
         exec(compile(block, page, "exec"), names)
 
 
-def test_table_is_made_from_the_committed_result():
-    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "cpu.py"))
-    result = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
-    assert benchmark["table"](result) in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("script, result", [("cpu.py", "cpu.json"), ("linear.py", "linear_cpu.json")])
+def test_tables_are_made_from_the_committed_results(monkeypatch, script, result):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / script))
+    report = json.loads((ROOT / "benchmarks" / "results" / result).read_text())
+    assert benchmark["table"](report) in (ROOT / "README.md").read_text()
 
 
 def test_public_functions_name_raises_and_example():

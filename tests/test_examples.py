@@ -4,8 +4,10 @@ No network: the tests write the databases they read.
 """
 
 import json
+import os
 import random
 import struct
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -347,3 +349,35 @@ def test_table_marks_what_is_missing():
 
 def test_the_right_guess_is_starred():
     assert report.guesses_text({"a": ["b", "a"], "bb": ["c", "d"]}).splitlines() == ["a   b, *a*", "bb  c, d"]
+
+
+def run_all_species(folder, name, *arguments, processes=None):
+    """What a run of the example wrote; with ``processes``, as torchrun starts it."""
+    script, out = str(Path(species.__file__).with_name("all_species.py")), folder / f"{name}.json"
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = (run if processes else [sys.executable]) + [script, *arguments]
+    command += ["--cache", str(folder), "--out", str(out), "--epochs", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(species.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_all_species_in_one_process_and_in_two(tmp_path):
+    """Both losses learn; classes over two processes give the losses of one, but for the rounding of their sums."""
+    rng = np.random.default_rng(0)
+    centre = rng.integers(0, 40, (31, 4096))
+    target = np.sort(np.concatenate([np.arange(31), rng.integers(0, 31, 900)]))
+    inputs = (centre[target] + rng.integers(0, 3, (len(target), 4096))).astype(np.uint8)
+    data = Dataset("all species", [f"Species {i}" for i in range(31)], inputs, np.arange(len(target)), target)
+    data.save(tmp_path / "species_whole.npz")
+    both, printed = run_all_species(tmp_path, "both")
+    for name, row in both["losses"].items():
+        assert row["top-5"] > 0.3 and row["losses"][-1] < row["losses"][0], name  # by chance 5 of 31
+        assert len(row["losses"]) == 6 and row["ms a step"] > 0 and name in printed
+    one, _ = run_all_species(tmp_path, "one", "--losses", "topk", "--sampler", "dense")
+    two, _ = run_all_species(tmp_path, "two", "--losses", "topk", "--sampler", "dense", processes=2)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    ours, theirs = (run["losses"]["topk"] for run in (one, two))
+    torch.testing.assert_close(torch.tensor(ours["losses"]), torch.tensor(theirs["losses"]), rtol=1e-3, atol=1e-4)
+    assert ours["top-1"] == theirs["top-1"]

