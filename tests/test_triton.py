@@ -318,7 +318,7 @@ def test_opcheck():
     check_op("smoothed", scores.to(torch.bfloat16), seed, 5, 1.0, 4, False)
     check_op("loss", scores, target, margins, seed, 5, 1.0, 4, 50.0, -100, False)
     losses, classes, _ = torch.ops.topk_fast.loss_triton(scores, target, None, seed, 5, 1.0, 4, 1.0, -100, False)
-    check_op("gradient", torch.ones(2, device=DEVICE), losses, classes, target, 50.0, 150, torch.bfloat16)
+    check_op("gradient", torch.ones(2, device=DEVICE), losses, classes, target, 50.0, 0, 150, torch.bfloat16)
 
 
 def test_one_graph_for_all_seeds():

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from . import checks, ops, reference, sharding
 
 _ROWS = 1024  # of a tile: enough for a matmul at full speed
-_BYTES = {"cpu": 32 << 20}  # of a tile of logits; elsewhere _BYTES_ON_DEVICE
+_BYTES = {"cpu": 16 << 20}  # of a tile of logits; elsewhere _BYTES_ON_DEVICE
 _BYTES_ON_DEVICE = 256 << 20
 _TINY = 1e-12  # F.normalize's smallest norm
 
@@ -68,7 +68,7 @@ def linear_noised_topk_loss(
         scale: factor of the hinge, > 0; about 50 for cosine logits.
         normalize: cosine logits: rows of input and of weight are divided by their lengths, as in
             :class:`topk_fast.NormedLinear`.
-        chunk_size: classes walked at a time, 1 to L; None takes as many as fit 32 MiB (256 MiB on a GPU) of logits
+        chunk_size: classes walked at a time, 1 to L; None takes as many as fit 16 MiB (256 MiB on a GPU) of logits
             for up to 1024 rows. Where that is all of them the loss equals the unfused one bit for bit, if its logits do;
             with ``sampler="dense"`` it does for any chunk size, and with the thinned one in distribution.
         sparse_grad: the weight's gradient as a coalesced row-sparse tensor of the at most N * (B + 1) rows that are not
