@@ -4,6 +4,7 @@ Processes are started once for each number of ranks and run every case; the test
 here. Bit for bit with the dense sampler; in distribution with the thinned one.
 """
 
+import copy
 import datetime
 import functools
 import multiprocessing
@@ -96,6 +97,10 @@ def linear_case(
 def with_nan_and_masks(scores, target):
     scores[0, 20], scores[2, :50], scores[4] = float("nan"), -float("inf"), 1.0
     return scores, target
+
+
+def with_all_ignored(scores, target):
+    return scores, torch.full_like(target, -100)
 
 
 def with_more_dimensions(scores, target):
@@ -259,6 +264,54 @@ def modules_case(rank, world, sizes, name):
     return loss.detach(), x.grad, *(part for p in module.parameters() for part in (p.detach(), p.grad))
 
 
+def recipe_case(rank, world, sizes):
+    """docs/sharding.md: each rank its own rows, features gathered, parts of the trunk's gradient added up."""
+    torch.manual_seed(3)
+    trunk = torch.nn.Linear(D, D)
+    group = None if world == 0 else dist.group.WORLD
+    head = LinearBalNoisedTopK(D, L, K, 0.5, seed=4, sampler="dense", process_group=group)
+    x, y = randn(8, D, seed=6), torch.arange(8) * 7
+    if world == 0:
+        loss = head(trunk(x), y)
+        loss.backward()
+    else:
+        x, y = x.chunk(world)[rank], y.chunk(world)[rank]
+        own = trunk(x)
+        rows, labels = ([torch.empty_like(t) for _ in range(world)] for t in (own, y))
+        dist.all_gather(rows, own.detach())
+        dist.all_gather(labels, y)
+        rows[rank] = own
+        loss = head(torch.cat(rows), torch.cat(labels))
+        loss.backward()
+        for parameter in trunk.parameters():
+            dist.all_reduce(parameter.grad)
+    return loss.detach(), *(p.grad for p in trunk.parameters())
+
+
+def copies_case(rank, world, sizes):
+    """A deep copy, as averaged models make it, talks to the same ranks."""
+    head = LinearBalNoisedTopK(D, L, K, 0.5, seed=4, process_group=None if world == 0 else dist.group.WORLD)
+    x, target = layer()[0], batch()[1]
+    return head(x, target).detach(), copy.deepcopy(head)(x, target).detach()
+
+
+def compiled_case(rank, world, sizes, kind):
+    """A loss inside of torch.compile, which breaks its graph there."""
+    own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
+    common = dict(seed=5, sampler="dense", process_group=None if world == 0 else dist.group.WORLD)
+    (scores, target), (x, weight, _) = batch(), layer()
+    leaf = (scores[:, own] if kind == "scores" else weight[own]).clone().requires_grad_()
+
+    def run(leaf):
+        if kind == "scores":
+            return 3 * bal_noised_topk_loss(2 * leaf, target, K, 0.5, **common)
+        return 3 * linear_noised_topk_loss(x, 2 * leaf, target, k=K, epsilon=0.5, **common)
+
+    loss = run(leaf) if world == 0 else torch.compile(run, backend="aot_eager")(leaf)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
 def thinned_case(rank, world, sizes):
     """Losses and how often each class was the second, of many rows alike and long enough for the thinned sampler."""
     scores = randn(1, 50 * L, seed=7).repeat(4000, 1)
@@ -293,6 +346,9 @@ CASES = {
     "top-k in chunks": (topk_case, "empty and single", 7),
     "DTensor scores": (dtensor_case, "even", "scores"),
     "DTensor weight": (dtensor_case, "even", "linear"),
+    "all rows ignored": (scores_case, "ragged", "balanced", "float32", "none", "auto", "dense", with_all_ignored),
+    "recipe": (recipe_case, "even"),
+    "copies": (copies_case, "even"),
     "linear module": (modules_case, "even", "balanced"),
     "linear module with margins": (modules_case, "even", "imbalanced"),
     "seeds": (seeds_case, "ragged"),
@@ -303,7 +359,10 @@ CASES = {
     **{f"all wrong {name}": (wrong_case, "ragged", change, True) for name, (change, _) in WRONG_EVERYWHERE.items()},
     "mixed": (mixed_case, "ragged"),
 }  # fmt: skip
-ON_FOUR = {"DTensor weight on a mesh of two dimensions": (dtensor_case, "even", "2d mesh")}
+MORE = {  # on so many ranks alone: the mesh needs four, and compiling takes each of them seconds
+    2: {"compiled scores": (compiled_case, "ragged", "scores"), "compiled linear": (compiled_case, "ragged", "linear")},
+    4: {"DTensor weight on a mesh of two dimensions": (dtensor_case, "even", "2d mesh")},
+}
 
 
 def serve(rank, world, store, out):
@@ -313,7 +372,7 @@ def serve(rank, world, store, out):
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
     )
     results = {}
-    for name, (case, *args) in (CASES | (ON_FOUR if world == 4 else {})).items():
+    for name, (case, *args) in (CASES | MORE.get(world, {})).items():
         if world > 1 or case not in (wrong_case, mixed_case):
             try:
                 results[name] = case(rank, world, *args)
@@ -353,7 +412,7 @@ def result_of(ranks, world, name):
 
 
 def alone(name):
-    case, *args = (CASES | ON_FOUR)[name]
+    case, *args = (CASES | MORE[2] | MORE[4])[name]
     return case(0, 0, *args)
 
 
@@ -370,7 +429,7 @@ def same(a, b):
 @pytest.mark.parametrize("name", SCORES)
 def test_sharded_scores_give_the_bits_of_one_process(ranks, world, name):
     loss, grad = alone(name)
-    assert grad.count_nonzero() > 0
+    assert grad.any() == (name != "all rows ignored")
     results = result_of(ranks, world, name)
     for ours, _ in results:
         same(ours, loss)
@@ -415,6 +474,30 @@ def test_dtensor_on_a_mesh_of_two_dimensions(ranks):
     for result in result_of(ranks, 4, name):
         for given, expected in zip(result, alone(name), strict=True):
             torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MORE[2])
+def test_compiled(ranks, name):
+    loss, grad = alone(name)
+    results = result_of(ranks, 2, name)
+    for ours, _ in results:
+        torch.testing.assert_close(ours, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.cat([g for _, g in results], dim=int(name.endswith("scores"))), grad, rtol=1e-5, atol=1e-6
+    )
+
+
+@every_world
+def test_the_recipe_for_ranks_with_their_own_samples(ranks, world):
+    for result in result_of(ranks, world, "recipe"):
+        for given, expected in zip(result, alone("recipe"), strict=True):
+            torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_world
+def test_copies_talk_to_the_same_ranks(ranks, world):
+    for first, second in result_of(ranks, world, "copies"):
+        same(first, second)
 
 
 @every_world

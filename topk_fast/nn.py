@@ -1,6 +1,7 @@
 """Modules around :mod:`topk_fast.functional`, with the names, defaults and state_dict of ``pytopk``."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -75,6 +76,12 @@ class _Loss(Module):
         self.reduction, self.ignore_index = reduction, ignore_index
         self.generator, self.seed, self.sampler, self.backend = generator, seed, sampler, backend
         self.process_group = process_group
+
+    def __deepcopy__(self, memo):
+        memo[id(self.process_group)] = self.process_group  # a copy talks to the same ranks
+        memo[id(self)] = copy = self.__new__(type(self))
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
 
     def _extras(self):
         return dict(
@@ -233,7 +240,8 @@ class LinearBalNoisedTopK(_LinearLoss):
 
     Owns ``weight`` [n_classes, in_features] and ``bias`` as :class:`torch.nn.Linear` does, and computes
     :func:`~topk_fast.functional.linear_noised_topk_loss`, which never holds all logits. With ``process_group`` each
-    rank owns, in the order of ranks, the next ceil(n_classes / ranks) classes, and its state_dict holds those.
+    rank owns, in the order of ranks, the next ceil(n_classes / ranks) classes, and its state_dict holds those; keep it out
+    of DistributedDataParallel then.
 
     Example:
         >>> import torch

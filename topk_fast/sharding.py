@@ -114,6 +114,10 @@ class Meeting:
         """The `Shards` of a call with ``n_classes`` classes here; raises on every rank where ranks disagree."""
         if self.group is None:
             return None
+        agree = torch.compiler.disable(self._agree) if torch.compiler.is_compiling() else self._agree
+        return agree(n_classes, target, margins, k, seed, fixed_seed, ignore_index, facts)
+
+    def _agree(self, n_classes, target, margins, k, seed, fixed_seed, ignore_index, facts):
         labels = target.masked_fill(target == ignore_index, 0)
         marks = [seed, _checksum(target), *(labels.aminmax() if len(labels) else (torch.zeros_like(seed),) * 2)]
         if margins is not None:
