@@ -9,6 +9,7 @@ the weight per row of the input, and adds as many rows into the weight's gradien
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,10 +131,9 @@ def linear_noised_topk_loss(
         checks.labels_on_device(labels, n_classes, ignore_index)
     if normalize:
         rows = F.normalize(rows, dim=1)
-    losses, _ = _LinearLoss.apply(
-        rows, weight, bias, labels, margins, seed if shards is None else shards.seed, k + 1, epsilon, n_sample, scale,
-        ignore_index, dense, bool(normalize), chunk, dtype, sparse_grad, shards, suffix,
-    )  # fmt: skip
+    seed = seed if shards is None else shards.seed
+    options = _Options(k + 1, epsilon, n_sample, scale, ignore_index, dense, bool(normalize), chunk, dtype, sparse_grad)
+    losses, _ = _LinearLoss.apply(rows, weight, bias, labels, margins, seed, options, shards, suffix)
     n_valid = (labels != ignore_index).sum().to(losses.dtype)
     losses = ops.reduce(losses, n_valid, reduction)
     losses = losses.view(target.shape) if reduction == "none" else losses
@@ -263,28 +263,37 @@ def _prepared(weight: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
     return (F.normalize(weight, dim=1, eps=_TINY) if normalize else weight).to(dtype)
 
 
+class _Options(NamedTuple):
+    k: int  # the rank searched
+    epsilon: float
+    n_sample: int
+    scale: float
+    ignore_index: int
+    dense: bool
+    normalize: bool
+    chunk: int
+    dtype: torch.dtype
+    sparse: bool
+
+
 class _LinearLoss(Function):
     """Rows [N, D], already normalised where asked, and this rank's classes to losses [N]; keeps the class ids alone."""
 
     @staticmethod
-    def forward(
-        rows, weight, bias, target, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense, normalize, chunk,
-        dtype, sparse, shards, suffix,
-    ):  # fmt: skip
+    def forward(rows, weight, bias, target, margins, seed, o, shards, suffix):
         first = 0 if shards is None else shards.first_class
         lists = _OPS[suffix](
-            rows, weight, bias, target, seed, k, epsilon, n_sample, first, dense, normalize, chunk, dtype
+            rows, weight, bias, target, seed, o.k, o.epsilon, o.n_sample, first, o.dense, o.normalize, o.chunk, o.dtype
         )
         values, classes, true_score = lists if shards is None else shards.best(*lists, target)
         losses, classes, _ = reference.loss_of(
-            values[..., -1], classes[..., -1], true_score, target, margins, scale, ignore_index
+            values[..., -1], classes[..., -1], true_score, target, margins, o.scale, o.ignore_index
         )
         return losses, classes
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, weight, bias, target, *_ = inputs
-        _, _, _, _, _, _, _, _, _, ctx.scale, _, _, ctx.normalize, _, ctx.dtype, ctx.sparse, ctx.shards, _ = inputs
+        rows, weight, bias, target, _, _, ctx.options, ctx.shards, _ = inputs
         losses, classes = output
         ctx.mark_non_differentiable(classes)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -295,7 +304,7 @@ class _LinearLoss(Function):
     def backward(ctx, grad, _):
         rows, weight, target, losses, classes = ctx.saved_tensors
         first, n_classes = 0 if ctx.shards is None else ctx.shards.first_class, weight.shape[0]
-        classes, values = reference.entries(grad, losses, classes, target, ctx.scale)
+        classes, values = reference.entries(grad, losses, classes, target, ctx.options.scale)
         values = values.masked_fill(losses.isnan()[:, None] & (classes == target[:, None]), math.nan)
         classes, order = classes.sort(dim=1)
         values, place = values.gather(1, order), classes - first
@@ -306,16 +315,18 @@ class _LinearLoss(Function):
         if ctx.needs_input_grad[0]:
             of_rows = torch.zeros(rows.shape, dtype=values.dtype, device=rows.device)
             for j in range(values.shape[1] if n_classes else 0):
-                picked = _prepared(weight[place[:, j]], ctx.normalize, ctx.dtype)
+                picked = _prepared(weight[place[:, j]], ctx.options.normalize, ctx.options.dtype)
                 of_rows.addcmul_(values[:, j, None], picked.to(values.dtype))
             of_rows = (of_rows if ctx.shards is None else ctx.shards.sum(of_rows)).to(rows.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             bags = _Bags(values, place, active, n_classes)
             if ctx.needs_input_grad[1]:
-                of_weight = _weight_gradient(bags, rows.to(ctx.dtype), weight, ctx.normalize, ctx.sparse)
+                of_weight = _weight_gradient(
+                    bags, rows.to(ctx.options.dtype), weight, ctx.options.normalize, ctx.options.sparse
+                )
             if ctx.needs_input_grad[2]:
                 of_bias = bags.dense(bags.sums(rows.new_ones((len(rows), 1)))[:, 0].to(ctx.bias_dtype))
-        return of_rows, of_weight, of_bias, *[None] * 15
+        return of_rows, of_weight, of_bias, *[None] * 6
 
 
 class _Bags:
