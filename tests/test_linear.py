@@ -494,14 +494,12 @@ def test_imbalanced_module_is_normed_linear_and_loss():
     assert set(head.state_dict()) == {"weight", "m_list"} and head.bias is None
 
 
-def test_first_weights_do_not_depend_on_blocks_of_ranks(monkeypatch):
+def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
     """What a rank of three would keep is its part of what one process draws in the same blocks."""
 
-    class Group:
+    class Group(torch.distributed.ProcessGroup):
         def __init__(self, rank):
-            self.own = rank
-
-        size, rank = (lambda self: 3), (lambda self: self.own)
+            super().__init__(rank, 3)
 
     monkeypatch.setattr(nn_module, "_BLOCK", 100)
     for make in (
@@ -557,6 +555,21 @@ def test_errors(change, error, message):
     arguments = dict(input=x, weight=weight, target=target, bias=bias, k=K, epsilon=0.3) | change
     with pytest.raises(error, match=message):
         linear_noised_topk_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(in_features=0), ValueError, r"in_features must be in \[1, 2147483647\], got 0"),
+        (dict(n_classes=1), ValueError, r"n_classes must be in \[2, 2147483647\], got 1"),
+        (dict(n_classes=1e6), TypeError, "n_classes must be an int, got float"),
+        (dict(process_group="gloo"), TypeError, "process_group must be a torch.distributed.ProcessGroup .* got str"),
+    ],
+    ids=lambda x: ", ".join(x) if isinstance(x, dict) else "",
+)
+def test_errors_of_modules(change, error, message):
+    with pytest.raises(error, match=message):
+        LinearBalNoisedTopK(**(dict(in_features=D, n_classes=L, k=K, epsilon=0.3) | change))
 
 
 @pytest.mark.parametrize("k", [0, L + 1])

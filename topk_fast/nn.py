@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
+from . import checks, sharding
 from .functional import (
     bal_noised_topk_loss,
     class_margins,
@@ -183,8 +184,11 @@ class _LinearLoss(_Loss):
         self, in_features, n_classes, bias, normalize, chunk_size, sparse_grad, device, dtype, *loss_args
     ):  # fmt: skip
         super().__init__(*loss_args)
+        in_features = checks.integer("in_features", in_features, 1, 2**31 - 1)
+        n_classes = checks.integer("n_classes", n_classes, 2, 2**31 - 1)
         self.in_features, self.n_classes, self.normalize = in_features, n_classes, normalize
         self.chunk_size, self.sparse_grad = chunk_size, sparse_grad
+        sharding.check_group(self.process_group)
         ranks, rank = (1, 0) if self.process_group is None else (self.process_group.size(), self.process_group.rank())
         width = -(-n_classes // ranks)
         self.first_class = min(rank * width, n_classes)
@@ -208,9 +212,10 @@ class _LinearLoss(_Loss):
                 block = parameter.new_empty((min(_BLOCK, self.n_classes - start), *parameter.shape[1:]))
                 with torch.no_grad():
                     block.normal_() if self.normalize and block.dim() == 2 else block.uniform_(-bound, bound)
-                    first, end = (min(max(self.first_class, start), start + len(block)), 0)
-                    end = max(first, min(self.first_class + len(parameter), start + len(block)))
-                    parameter[first - self.first_class : end - self.first_class] = block[first - start : end - start]
+                    skipped = max(0, self.first_class - start)
+                    at = max(0, start - self.first_class)
+                    own = parameter[at : at + max(0, len(block) - skipped)]
+                    own.copy_(block[skipped : skipped + len(own)])
 
     def _layer(self):
         return dict(normalize=self.normalize, chunk_size=self.chunk_size)

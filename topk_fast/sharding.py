@@ -78,6 +78,14 @@ class Shards:
         return x
 
 
+def check_group(group) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup that this rank belongs to, got "
+            f"{type(group).__name__}"
+        )
+
+
 class Meeting:
     """The ranks' exchange of sizes, seed and arguments; without a group it does nothing.
 
@@ -85,11 +93,7 @@ class Meeting:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, function: str):
-        if group is not None and not isinstance(group, dist.ProcessGroup):
-            raise TypeError(
-                "process_group must be a torch.distributed.ProcessGroup that this rank belongs to, got "
-                f"{type(group).__name__}"
-            )
+        check_group(group)
         self.group, self.function, self.over = group, function, group is None
 
     def __enter__(self):
