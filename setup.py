@@ -1,4 +1,7 @@
-"""Builds topk_fast._C, the C++ kernels; without a compiler the package installs with its PyTorch backend alone."""
+"""Builds topk_fast._C, the C++ kernels, and topk_fast._C_cuda where torch has CUDA and nvcc is found.
+
+Without a compiler the package installs with its PyTorch backend alone.
+"""
 
 import os
 import sys
@@ -18,7 +21,8 @@ def warn(reason):
 def native():
     """The extension module and the command that builds it, or nothing where torch is missing."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         warn(f"torch cannot be imported here: {error}. Install torch first and pass --no-build-isolation")
         return {}
@@ -30,19 +34,27 @@ def native():
             except (Exception, SystemExit) as error:  # setuptools and ninja raise a dozen kinds
                 warn(f"the build failed: {error}")
 
-    extension = CppExtension(
-        "topk_fast._C",
-        sorted(glob("csrc/*.cpp")),
-        depends=sorted(glob("csrc/*.h")),
+    common = dict(
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-        # One rounding an operation on every machine (csrc/noise.h): no contraction, no -march=native.
-        extra_compile_args=["-O3", "-std=c++17", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno",
-                            "-fno-trapping-math", "-fvisibility=hidden",
-                            # g++ 12 sees both in headers that are not ours (its own intrinsics, torch)
-                            "-Wno-maybe-uninitialized", "-Wno-unused-parameter"],
-    )  # fmt: skip
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+        depends=sorted(glob("csrc/*.h")),
+    )
+    # One rounding an operation on every machine (csrc/noise.h): no contraction, no -march=native.
+    flags = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+             "-fvisibility=hidden",
+             # g++ 12 sees both in headers that are not ours (its own intrinsics, torch)
+             "-Wno-maybe-uninitialized", "-Wno-unused-parameter"]  # fmt: skip
+    cuda = ["csrc/topk_cuda.cu", "csrc/topk_cuda_binding.cpp"]
+    cpp = sorted(set(glob("csrc/*.cpp")) - set(cuda))
+    extensions = [CppExtension("topk_fast._C", cpp, extra_compile_args=flags, **common)]
+    if torch.version.cuda and CUDA_HOME:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        common["define_macros"] = [*common["define_macros"], ("USE_CUDA", None)]
+        nvcc = ["-O3", "-std=c++17", "--fmad=false"]
+        extensions.append(
+            CUDAExtension("topk_fast._C_cuda", cuda, extra_compile_args={"cxx": flags, "nvcc": nvcc}, **common)
+        )
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 
 setup(**native())

@@ -50,7 +50,11 @@ struct Scalar {
   TOPK_FAST_MEMBER F convert(I i) { return (F)i; }
   TOPK_FAST_MEMBER I truncate(F x) { return (I)x; }
   TOPK_FAST_MEMBER I shift_left(I i, int by) { return (I)((uint32_t)i << by); }
+#ifdef __CUDA_ARCH__
+  TOPK_FAST_MEMBER F root(F x) { return __fsqrt_rn(x); }
+#else
   TOPK_FAST_MEMBER F root(F x) { return __builtin_sqrtf(x); }
+#endif
   TOPK_FAST_MEMBER bool any(bool b) { return b; }
 };
 

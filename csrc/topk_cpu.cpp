@@ -4,12 +4,6 @@
 // what is checked here keeps memory safe.
 #include "topk_cpu.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,23 +12,14 @@
 #include <tuple>
 #include <type_traits>
 
+#include "stable_tensor.h"
+
 namespace topk_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[3] = {}, step = 1;
-  for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= sizes.begin()[i];
-  AtenTensorHandle handle;
-  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, type,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return topk_fast::empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
 }
-
-Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 Dtype dtype_of(ScalarType type) {
   switch (type) {
@@ -45,8 +30,6 @@ Dtype dtype_of(ScalarType type) {
     default: STD_TORCH_CHECK(false, "scores must be float32, float64, bfloat16 or float16");
   }
 }
-
-ScalarType arithmetic(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
 // Rows that a thread should take at least, at a cost of so many steps each.
 int64_t grain(int64_t cost) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost)); }

@@ -1,7 +1,7 @@
 """The boundary to the backends: schemas, fake kernels, autograd and the choice of a backend.
 
 Every op stands three times in the namespace ``torch.ops.topk_fast``: under its plain name with the compiled kernels
-(CPU: ``csrc``, registered when ``_C`` is imported), with the suffix ``_torch`` with ``reference.py``'s, and with
+(``csrc``; CPU's are registered when ``_C`` is imported, CUDA's with ``_C_cuda``), with the suffix ``_torch`` with ``reference.py``'s, and with
 ``_triton`` with ``triton_kernels``', which is imported at its first call.
 """
 
@@ -86,10 +86,15 @@ HAS_CPP = importlib.util.find_spec("topk_fast._C") is not None
 if HAS_CPP:
     from . import _C  # noqa: F401  registers the CPU kernels
 
+HAS_CUDA = importlib.util.find_spec("topk_fast._C_cuda") is not None
+if HAS_CUDA:
+    from . import _C_cuda  # noqa: F401  registers the CUDA kernels
+
 _REMEDY = {
     "cpp": "the C++ kernels are not built: install a C++ compiler, then `pip install --no-build-isolation .` "
     "(or `python setup.py build_ext --inplace` in a checkout)",
-    "cuda": "this version has no CUDA kernels; use backend='triton', 'torch' or 'auto'",
+    "cuda": "the CUDA kernels are not built: with a CUDA build of torch and nvcc, `pip install --no-build-isolation .` "
+    "(or `python setup.py build_ext --inplace` in a checkout)",
     "triton": "Triton is not installed: `pip install triton`",
 }
 
@@ -108,20 +113,21 @@ def available_backends(device: torch.device | str = "cpu") -> list[str]:
     kind = torch.device(device).type
     if kind == "cpu":
         return ["cpp"] * HAS_CPP + ["torch"] + ["triton"] * (HAS_TRITON and INTERPRETED)
-    return ["triton"] * (HAS_TRITON and kind == "cuda") + ["torch"]
+    return ["cuda"] * (HAS_CUDA and kind == "cuda") + ["triton"] * (HAS_TRITON and kind == "cuda") + ["torch"]
 
 
 def build_info() -> dict:
-    """Facts for a bug report: versions and, where the C++ kernels are built, compiler and instruction sets.
+    """Facts for a bug report: versions, which kernels are built and, for the C++ ones, compiler and instruction sets.
 
     >>> sorted(build_info())
-    ['compiler', 'contract', 'cpp', 'instruction_sets', 'torch', 'triton']
+    ['compiler', 'contract', 'cpp', 'cuda', 'instruction_sets', 'torch', 'triton']
     """
     return {
         "torch": torch.__version__,
         "triton": version("triton") if HAS_TRITON else None,
         "contract": noise.VERSION,
         "cpp": HAS_CPP,
+        "cuda": HAS_CUDA,
         "compiler": _C.compiler() if HAS_CPP else None,
         "instruction_sets": _C.isas() if HAS_CPP else [],
     }
@@ -149,7 +155,7 @@ def suffix(backend: str, scores: Tensor, k: int) -> str:
     if backend == "torch":
         return "_torch"
     if backend == "auto":
-        if HAS_CPP and on_cpu:
+        if (HAS_CPP and on_cpu) or (HAS_CUDA and scores.is_cuda):
             return ""
         return "_triton" if HAS_TRITON and not on_cpu and not _unfit_for_triton(scores, k) else "_torch"
     if backend not in _REMEDY:
@@ -158,6 +164,10 @@ def suffix(backend: str, scores: Tensor, k: int) -> str:
         if on_cpu:
             return ""
         raise ValueError(f"backend 'cpp' runs on CPU tensors, got scores on {scores.device}")
+    if backend == "cuda" and HAS_CUDA:
+        if scores.is_cuda:
+            return ""
+        raise ValueError(f"backend 'cuda' runs on CUDA tensors, got scores on {scores.device}")
     if backend == "triton" and HAS_TRITON:
         if unfit := _unfit_for_triton(scores, k):
             raise ValueError(f"backend 'triton' {unfit}")

@@ -1,0 +1,31 @@
+// What both bindings need of LibTorch's stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <initializer_list>
+
+namespace topk_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device_type, int32_t device_index) {
+  int64_t strides[3] = {}, step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= sizes.begin()[i];
+  AtenTensorHandle handle;
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, type,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+inline ScalarType arithmetic(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+}  // namespace topk_fast

@@ -1,0 +1,302 @@
+"""Contract under test: the CUDA kernels give the bits of the other backends; here they run on the CPU, in simt.h's model.
+
+The model runs the same source, each thread a fiber, in several orders; what it cannot show is a device's memory order.
+With a GPU and the extension, test_gpu.py's cases run on it.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_backends import KINDS, assert_same, scores_of
+
+from topk_fast import ops, reference
+from topk_fast.functional import noised_topk_candidates
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "csrc" / "topk_cuda.cu"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of topk_cuda.h's ScoreType
+CANDIDATES, SMOOTHED, LOSS = range(3)
+SANITIZED = "TOPK_FAST_SIMT_LIBRARY"  # names the library to use, built with sanitizers, in a process that has them
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the model is C++, and there is no g++")
+POINTER, LONG, DOUBLE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int32
+
+
+class Search(ctypes.Structure):
+    _fields_ = [
+        ("scores", POINTER), ("n_rows", LONG), ("n_classes", LONG), ("row_stride", LONG), ("class_stride", LONG),
+        ("target", POINTER), ("margins", POINTER), ("seed", POINTER), ("ignore_index", LONG), ("first_row", LONG),
+        ("first_class", LONG), ("k", LONG), ("n_sample", LONG), ("epsilon", DOUBLE), ("scale", DOUBLE), ("dtype", INT),
+        ("mode", INT), ("dense", INT), ("n_processors", INT), ("values", POINTER), ("classes", POINTER),
+        ("n_valid", POINTER), ("workspace", POINTER),
+    ]  # fmt: skip
+
+
+class Gradient(ctypes.Structure):
+    _fields_ = [
+        ("grad", POINTER), ("result", POINTER), ("classes", POINTER), ("target", POINTER), ("grad_stride", LONG),
+        ("n_rows", LONG), ("n_sample", LONG), ("first_class", LONG), ("n_classes", LONG), ("scale", DOUBLE),
+        ("dtype", INT), ("out", POINTER),
+    ]  # fmt: skip
+
+
+def compiled(out, source=SOURCE, flags=("-O2",)):
+    """The kernels as a library for this CPU."""
+    command = ["g++", "-x", "c++", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror",
+               "-Wno-unused-parameter", *flags, "-include", str(ROOT / "tests" / "simt.h"), f"-I{ROOT / 'csrc'}",
+               str(source), "-o", str(out)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+class Model:
+    """Calls a library's launchers on CPU tensors; ``order`` seeds the order of threads."""
+
+    def __init__(self, path, order=0):
+        self.library, self.order = ctypes.CDLL(str(path)), order
+        self.library.topk_cuda_workspace.restype = LONG
+        self.library.simt_error.restype = ctypes.c_char_p
+        self.library.simt_start.argtypes = [ctypes.c_uint64]
+
+    def _run(self, function, argument):
+        self.library.simt_start(self.order)
+        function(ctypes.byref(argument), None)
+        if error := self.library.simt_error():
+            raise RuntimeError(error.decode())
+
+    def search(self, mode, x, k, epsilon, n_sample, *, seed=5, dense=False, first_row=0, first_class=0, target=None,
+               margins=None, scale=1.0, ignore_index=-100, processors=1):  # fmt: skip
+        n_rows, wide, seed = x.shape[0], reference.arithmetic(x.dtype), torch.tensor(seed)
+        shape = (n_rows, n_sample, k) if mode == CANDIDATES else (n_rows, n_sample)
+        values = torch.empty(shape if mode == CANDIDATES else (n_rows,), dtype=wide)
+        classes, n_valid = torch.empty(shape, dtype=torch.int64), torch.empty((), dtype=wide)
+        request = Search(
+            x.data_ptr(), *x.shape, *x.stride(), *(None if t is None else t.data_ptr() for t in (target, margins)),
+            seed.data_ptr(), ignore_index, first_row, first_class, k, n_sample, epsilon, scale, DTYPES.index(x.dtype),
+            mode, dense, processors, values.data_ptr(), classes.data_ptr(), n_valid.data_ptr(), None,
+        )  # fmt: skip
+        size = self.library.topk_cuda_workspace(ctypes.byref(request))
+        workspace = torch.full((size // 8,), -(2**60), dtype=torch.int64)  # nobody may count on zeros
+        request.workspace = workspace.data_ptr()
+        self._run(self.library.topk_cuda_search, request)
+        return values, classes, n_valid
+
+    def candidates(self, *args, **more):
+        return self.search(CANDIDATES, *args, **more)[:2]
+
+    def gradient(self, grad, result, classes, target, scale, first_class, n_classes, dtype):
+        out = torch.empty((classes.shape[0], n_classes), dtype=dtype)
+        request = Gradient(
+            grad.data_ptr(), result.data_ptr(), classes.data_ptr(), None if target is None else target.data_ptr(),
+            grad.stride(0), *classes.shape, first_class, n_classes, scale, DTYPES.index(dtype), out.data_ptr(),
+        )  # fmt: skip
+        self._run(self.library.topk_cuda_gradient, request)
+        return out
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return os.environ.get(SANITIZED) or compiled(tmp_path_factory.mktemp("simt") / "kernels.so")
+
+
+@pytest.fixture(params=[0, 1, 2], ids=lambda order: f"order{order}")
+def model(request, library):
+    return Model(library, request.param)
+
+
+@pytest.fixture
+def one_order(library):
+    return Model(library, 7)
+
+
+def expected(x, k, epsilon, n_sample, *, dense=False, **more):
+    return noised_topk_candidates(
+        x, k, epsilon, n_sample, sampler="dense" if dense else "thinned", **({"seed": 5} | more)
+    )
+
+
+# A warp a row that is kept in shared memory, four warps a row, rows that are read twice; and what changes the layout.
+SHAPES = {
+    "one class": (3, 1, 1, 2),
+    "fewer classes than k": (2, 5, 9, 5),
+    "a warp a row": (5, 700, 6, 5),
+    "a warp a row, many samples": (2, 300, 3, 33),
+    "four warps a row": (2, 3000, 6, 10),
+    "rows read twice": (2, 20_011, 6, 5),
+    "k beyond a warp": (1, 1500, 100, 3),
+    "bags in the workspace": (1, 2500, 200, 13),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_and_dtypes(model, shape, dtype):
+    n_rows, n_classes, k, n_sample = SHAPES[shape]
+    x = scores_of("normal", dtype, n_rows, n_classes, 1)
+    more = dict(first_row=2**31, first_class=1000)
+    assert_same(model.candidates(x, k, 0.7, n_sample, **more), expected(x, k, 0.7, n_sample, **more))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_scores(one_order, kind, dtype):
+    for n_classes, dense in ((90, True), (700, False), (2100, False)):
+        x = scores_of(kind, dtype, 2, n_classes, 2)
+        for epsilon in (1.0, 0.0):
+            given = one_order.candidates(x, 5, epsilon, 3, dense=dense)
+            assert_same(given, expected(x, 5, epsilon, 3, dense=dense), f"{n_classes} classes, epsilon {epsilon}")
+
+
+@pytest.mark.parametrize("kind", ["normal", "rising", "99 % masked", "a NaN in the last class", "zeros"])
+def test_rows_that_several_blocks_collect(one_order, kind):
+    x = scores_of(kind, torch.bfloat16, 1, 140_000, 3)
+    assert_same(one_order.candidates(x, 6, 1.0, 4, processors=100), expected(x, 6, 1.0, 4))
+
+
+def test_more_contenders_than_a_list_holds(one_order):
+    """Groups that the plan does not look at are full of high scores: lists overflow, and the row itself is searched."""
+    group, stride, _ = reference.noise.plan(70_000, 6)
+    assert stride > 1
+    x = torch.full((1, 70_000), 9.0)
+    x.view(1, -1)[:, : 70_000 // (group * stride) * group * stride].view(1, -1, stride, group)[:, :, 0] = 1.0
+    x += scores_of("normal", torch.float32, 1, 70_000, 4) / 4
+    for processors in (1, 100):
+        assert_same(one_order.candidates(x, 3, 0.5, 2, processors=processors), expected(x, 3, 0.5, 2))
+
+
+LAYOUTS = {
+    "columns of a wider tensor": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "an odd offset": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every second class": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "expanded": lambda x: x[:1].expand(3, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n_classes", [777, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(one_order, dtype, n_classes, layout):
+    x = LAYOUTS[layout](scores_of("normal", dtype, 3, n_classes, 5))
+    assert_same(one_order.candidates(x, 6, 1.0, 5), expected(x, 6, 1.0, 5))
+
+
+@pytest.mark.parametrize("n_classes", [60, 900, 3000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "some NaN", "99 % masked"])
+def test_losses_and_gradients(model, kind, dtype, n_classes):
+    n_rows, n_sample = 6, 5
+    x, wide = scores_of(kind, dtype, n_rows, n_classes, 6), reference.arithmetic(dtype)
+    target = torch.tensor([0, n_classes - 1, -100, 5, -100, 7])
+    margins = torch.linspace(0, 1, n_classes, dtype=wide)
+    for m, scale in ((None, 1.0), (margins, 30.0)):
+        args = (x, target, m, torch.tensor(5), 4, 0.5, n_sample, scale, -100, False)
+        wanted = ops.kernel("loss", "_torch")(*args)
+        given = model.search(LOSS, x, 4, 0.5, n_sample, target=target, margins=m, scale=scale)
+        losses, classes, n_valid = given
+        assert_same((losses, classes, n_valid), wanted)
+        grad = torch.arange(1.0, 13.0, dtype=wide)[::2]
+        for first, width in ((0, n_classes), (3, 40)):
+            entries = (grad, losses, classes, target, scale, first, width, dtype)
+            assert_same(model.gradient(*entries), ops.kernel("gradient", "_torch")(*entries))
+    top, classes, _ = model.search(SMOOTHED, x, 4, 0.5, n_sample)
+    assert_same((top, classes), ops.kernel("smoothed", "_torch")(x, torch.tensor(5), 4, 0.5, n_sample, False))
+    entries = (torch.ones(1, dtype=wide).expand(n_rows), top, classes, None, 1.0, 0, n_classes, dtype)
+    assert_same(model.gradient(*entries), ops.kernel("gradient", "_torch")(*entries))
+
+
+def test_no_rows_and_all_ignored(one_order):
+    x = torch.randn(2, 40)
+    values, classes, n_valid = one_order.search(LOSS, x[:0], 3, 1.0, 2, target=torch.zeros(0, dtype=torch.int64))
+    assert values.shape == (0,) and classes.shape == (0, 2) and n_valid == 0
+    values, classes, n_valid = one_order.search(LOSS, x, 3, 1.0, 2, target=torch.full((2,), -100))
+    assert not values.any() and (classes == -1).all() and n_valid == 0
+
+
+@pytest.mark.parametrize("label", [-1, 40])
+def test_a_wrong_label_stops_the_device(one_order, label):
+    with pytest.raises(RuntimeError, match="trap"):
+        one_order.search(LOSS, torch.randn(1, 40), 3, 1.0, 2, target=torch.tensor([label]))
+
+
+# The model finds what it is for
+
+BUGS = {  # in the source, and how they show: as an error of the model or as wrong bits
+    "no barrier after the collection": (
+        "prefix[1 + warp] = count;\n      Threads::sync();", "prefix[1 + warp] = count;", None,
+    ),
+    "no barrier before a reduction is read": (
+        "scratch[warp()] = (int64_t)v;\n    sync();", "scratch[warp()] = (int64_t)v;", None,
+    ),
+    "a barrier that some threads miss": (
+        "    Threads::sync();\n    reach = infinity<S>();", "    if (rank) Threads::sync();\n    reach = infinity<S>();", "divergent",
+    ),
+    "a mask without the caller": ("__ballot_sync(kFull, found)", "__ballot_sync(1u, found)", "leaves it out|wrong mask"),
+    "an entry too far": ("if (hit && to < capacity)", "if (hit && to <= capacity)", None),
+    "the last score of a vector left out": (
+        "for (int i = 0; i < W; ++i)\n        if (p + i >= lead && p + i < n && !(", "for (int i = 0; i + 1 < W; ++i)\n        if (p + i >= lead && p + i < n && !(", None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", [b for b in BUGS if b != "an entry too far"])
+def test_planted_bugs_are_found(tmp_path, bug):
+    right, wrong, error = BUGS[bug]
+    text = SOURCE.read_text()
+    assert text.count(right) == 1
+    (tmp_path / "bug.cu").write_text(text.replace(right, wrong))
+    path = compiled(tmp_path / "bug.so", tmp_path / "bug.cu", ("-O1", "-Wno-unused"))
+    found = []
+    for order in range(6):
+        for kind in ("normal", "rising"):
+            x = scores_of(kind, torch.float32, 3, 2500, 8)
+            try:
+                given = Model(path, order).candidates(x, 6, 1.0, 5)
+                found.append(all(torch.equal(a, b) for a, b in zip(given, expected(x, 6, 1.0, 5))))
+            except RuntimeError as message:
+                found.append(str(message))
+    if error:
+        assert any(isinstance(f, str) and re.search(error, f) for f in found), found
+    else:
+        assert not all(f is True for f in found)
+
+
+def sanitized(tmp_path, source, select):
+    """A run of this file's tests on a library with sanitizers, in a process that has their run time."""
+    flags = (
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-Wno-unused",
+        "-Wno-clobbered",
+    )
+    path = compiled(tmp_path / "sanitized.so", source, flags)
+    found = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+             for name in ("libasan.so", "libubsan.so", "libstdc++.so")]  # fmt: skip
+    environment = os.environ | {
+        SANITIZED: str(path), "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", str(__file__), "-k", select]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
+def test_under_sanitizers(tmp_path):
+    done = sanitized(tmp_path, SOURCE, "order0 and float32 or list_holds")
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
+def test_sanitizers_see_an_entry_too_far(tmp_path):
+    right, wrong, _ = BUGS["an entry too far"]
+    (tmp_path / "bug.cu").write_text(SOURCE.read_text().replace(right, wrong))
+    done = sanitized(tmp_path, tmp_path / "bug.cu", "list_holds")
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr + done.stdout
