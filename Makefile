@@ -51,9 +51,11 @@ OUT ?= $(CURDIR)/out
 gpu: build
 	mkdir -p $(OUT)
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU that torch.cuda sees'"
-	$(PYTHON) -m pytest tests/test_contract.py tests/test_triton.py 2>&1 | tee $(OUT)/tests.log; test $${PIPESTATUS[0]} -eq 0
+	$(PYTHON) -c "import topk_fast.ops as o; assert o.HAS_CUDA, 'the CUDA extension is not built: is nvcc on the PATH?'"
+	$(PYTHON) -m pytest tests/test_contract.py tests/test_cuda.py tests/test_triton.py 2>&1 | tee $(OUT)/tests.log; test $${PIPESTATUS[0]} -eq 0
 	for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $$tool --error-exitcode 9 \
-	  $(PYTHON) -m pytest tests/test_triton.py -k "layout or across_blocks or ignored or list_holds" \
+	  $(PYTHON) -m pytest tests/test_triton.py tests/test_cuda.py \
+	  -k "(layout or across_blocks or ignored or list_holds or kinds) and not order" \
 	  > $(OUT)/$$tool.log 2>&1 || exit 9; done
 	OUT=$(OUT) $(PYTHON) benchmarks/gpu.py $(ARGS) 2>&1 | tee $(OUT)/benchmark.log; test $${PIPESTATUS[0]} -eq 0
 	OUT=$(OUT) $(PYTHON) benchmarks/linear.py $(ARGS) 2>&1 | tee $(OUT)/linear.log; test $${PIPESTATUS[0]} -eq 0

@@ -1,4 +1,4 @@
-"""Forward + backward of BalNoisedTopK on a GPU against cross-entropy (eager, compiled), Liger-Kernel and pytopk.
+"""Forward + backward of BalNoisedTopK's GPU backends against cross-entropy (eager, compiled), Liger-Kernel and pytopk.
 
 Time by CUDA events, candidates in turn, medians with quartiles; peak memory beyond scores and target; and the share of
 the copy bandwidth measured in the same run: scores read once and gradients written once, over the time of a step.
@@ -50,13 +50,14 @@ VARIANTS = [
     {"epsilon": 5.0},
     {"scores": "flat"},
 ]
+OURS = [name for name in topk_fast.available_backends("cuda") if name != "torch"]
 PYTOPK_ENTRIES = 2**30  # pytopk makes tensors of N * L * B; larger cases are left out, and say so
 
 
 def losses(k: int, n_sample: int, epsilon: float, n_scores: int) -> dict:
     """The candidates that are installed and fit, by name."""
     out = {
-        "topk_fast": topk_fast.BalNoisedTopK(k, epsilon, n_sample, backend="triton"),
+        **{name: topk_fast.BalNoisedTopK(k, epsilon, n_sample, backend=name) for name in OURS},
         "cross_entropy": F.cross_entropy,
         "cross_entropy_compiled": torch.compile(F.cross_entropy),
     }
@@ -82,15 +83,15 @@ def batch(n: int, length: int, dtype: torch.dtype, kind: str):
 def check_equality(scores, target, k, n_sample, epsilon):
     """Raises unless the first rows' losses and gradients have the bits of the CPU kernel."""
     results = []
-    for rows, backend in ((scores[:8].detach(), "triton"), (scores[:8].detach().cpu(), "cpp")):
+    for rows, backend in ((scores[:8].detach().cpu(), "cpp"), *((scores[:8].detach(), name) for name in OURS)):
         leaf = rows.clone().requires_grad_()
         out = bal_noised_topk_loss(
             leaf, target[:8].to(rows.device), k, epsilon, n_sample, seed=1, reduction="none", backend=backend
         )
         out.sum().backward()
         results.append((out.detach().cpu(), leaf.grad.cpu()))
-    if not all(torch.equal(a, b) for a, b in zip(*results)):
-        raise SystemExit(f"triton and cpp disagree at {(list(scores.shape), k, n_sample, epsilon)}: nothing was timed")
+    if not all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other)):
+        raise SystemExit(f"{OURS} and cpp disagree at {(list(scores.shape), k, n_sample, epsilon)}: nothing was timed")
 
 
 def step(loss, scores, target):
@@ -141,7 +142,7 @@ def measure(n, length, dtype, variant, seconds):
         step(loss, scores, target)
         out["peak_bytes"][name] = torch.cuda.max_memory_allocated() - before
     start = time.monotonic()
-    while len(times["topk_fast"]) < 10 or (time.monotonic() - start < seconds and len(times["topk_fast"]) < 200):
+    while len(times[OURS[0]]) < 10 or (time.monotonic() - start < seconds and len(times[OURS[0]]) < 200):
         for name, loss in candidates.items():
             times[name] += timed(lambda loss=loss: step(loss, scores, target), 1)
     for name, values in times.items():
@@ -189,11 +190,11 @@ def main():
         torch.cuda.empty_cache()
         case = measure(n, length, dtype, variant, arguments.seconds)
         floor = 2 * n * length * (4 if dtype == torch.float32 else 2) / bandwidth
-        case["share_of_copy_bandwidth"] = floor / (case["ms"]["topk_fast"]["median"] * 1e-3)
+        case["share_of_copy_bandwidth"] = {name: floor / (case["ms"][name]["median"] * 1e-3) for name in OURS}
         report["cases"].append(case)
         path.write_text(json.dumps(report, indent=1) + "\n")  # what is measured stays if time runs out
         ms = {name: round(value["median"], 4) for name, value in case["ms"].items()}
-        tqdm.write(f"{n} x {length} {case['dtype']} {variant} {ms} share {case['share_of_copy_bandwidth']:.2f}")
+        tqdm.write(f"{n} x {length} {case['dtype']} {variant} {ms} share {case['share_of_copy_bandwidth']}")
 
 
 if __name__ == "__main__":

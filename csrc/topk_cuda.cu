@@ -226,6 +226,14 @@ __device__ S cut_of(const Args& a, const T* row, int64_t class_stride, void* key
   return cut < infinity<S>() ? cut : -infinity<S>();
 }
 
+// Bits of the scores of a vector that are above the cut, or NaN.
+template <class T, class S>
+__device__ __forceinline__ unsigned above(const T (&x)[16 / sizeof(T)], S cut) {
+  unsigned hits = 0;
+  for (int i = 0; i < (int)(16 / sizeof(T)); ++i) hits |= !(widen(x[i]) <= cut) ? 1u << i : 0u;
+  return hits;
+}
+
 // Keeps the classes [begin, end) above the cut, with their scores, in this warp's list of `capacity` entries. Returns
 // how many there are, -1 where one is NaN. Ballots give each its place: lists are the same in every run.
 template <class T, class S, int TEAM>
@@ -248,15 +256,18 @@ __device__ int collect(const T* row, int64_t class_stride, int64_t begin, int64_
         const uint4 v = *(const uint4*)(base + p);
         memcpy(x[u], &v, 16);
       } else {
-        for (int i = 0; i < W; ++i)
+        for (int i = 0; i < W; ++i) {
+          x[u][i] = T{};
           if (p + i >= lead && p + i < n) x[u][i] = base[(p + i) * class_stride];
+        }
       }
     }
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t p = start + (int64_t)(u * TEAM + Team<TEAM>::rank()) * W;
-      unsigned hits = 0;
-      for (int i = 0; i < W; ++i)
-        if (p + i >= lead && p + i < n && !(widen(x[u][i]) <= cut)) hits |= 1u << i;
+      unsigned hits = above<T, S>(x[u], cut);
+      if (hits && (p < lead || p + W > n))  // places beside the row hold anything
+        for (int i = 0; i < W; ++i)
+          if (p + i < lead || p + i >= n) hits &= ~(1u << i);
       if (!__ballot_sync(kFull, hits != 0)) continue;
       for (int i = 0; i < W; ++i) {
         const bool hit = hits >> i & 1;
