@@ -666,7 +666,7 @@ __device__ void search_row(const Args& a, char* shared, char* workspace, int64_t
 }
 
 template <class T, class S, int TEAM>
-__global__ void __launch_bounds__(kBlock) search_kernel(const Args a) {
+__global__ void __launch_bounds__(kBlock, 4) search_kernel(const Args a) {
   TOPK_FAST_SHARED(all_shared);
   using Threads = Team<TEAM>;
   const int team = (int)(threadIdx.x / TEAM), teams = kBlock / TEAM;

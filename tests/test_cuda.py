@@ -5,11 +5,13 @@ Where the extension is built and there is a GPU, the same cases run on it too.
 """
 
 import ctypes
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -373,3 +375,35 @@ def test_sanitizers_see_an_entry_too_far(tmp_path):
     (tmp_path / "bug.cu").write_text(SOURCE.read_text().replace(right, wrong))
     done = sanitized(tmp_path, tmp_path / "bug.cu", "list_holds")
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr + done.stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc: nothing is compiled for a GPU")
+@pytest.mark.skipif(not ops.HAS_TRITON, reason="NVIDIA's disassembler comes with Triton")
+@pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
+def test_compiled_for_gpus_within_the_budget():
+    """No spills, 128 registers, 16-byte loads and stores, and in PTX no fused or approximate step."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "cuda_static.py"), "--quick"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert len(facts) == 2 * 4 * 4  # architectures, dtypes, kernels
+    for row in facts:
+        assert row["registers"] <= 128 and row["spill_bytes"] == 0 and row["stack_bytes"] == 0, row
+        assert row["forbidden"] == [], row
+        wide = {"search_kernel": 5, "collect_kernel": 4, "gradient_kernel": 0}[row["kernel"].split()[0]]
+        assert row["loads_of_16_bytes"] >= wide, row
+        assert row["stores_of_16_bytes"] >= (row["kernel"].startswith("gradient")), row
+
+
+def test_the_binding_compiles(tmp_path):
+    """Against this torch's headers, without a CUDA build of it: the only file that knows torch and CUDA both."""
+    import pybind11
+    from torch.utils.cpp_extension import include_paths
+
+    folders = [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"], str(ROOT / "csrc")]
+    command = ["g++", "-fsyntax-only", "-std=c++17", "-Wall", "-DUSE_CUDA", "-DTORCH_EXTENSION_NAME=_C_cuda",
+               "-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{f}" for f in folders),
+               str(ROOT / "csrc" / "topk_cuda_binding.cpp")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

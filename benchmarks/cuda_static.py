@@ -1,0 +1,212 @@
+"""What the CUDA kernels compile to, without a GPU: registers, spills, 16-byte loads, forbidden steps; floors of a step.
+
+Budget: 128 registers a thread (four blocks of 128 threads a multiprocessor at least), no spills, no fused or approximate
+step in PTX, 16-byte loads of scores and stores of gradients.
+
+    python benchmarks/cuda_static.py            # prints a table, writes results/cuda_static.json; needs nvcc
+    python benchmarks/cuda_static.py --quick    # prints the kernels' facts as JSON; what the tests read
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE, RESULT = ROOT / "csrc" / "topk_cuda.cu", ROOT / "benchmarks" / "results" / "cuda_static.json"
+FLAGS = ["-O3", "-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}"]
+TARGETS = ("sm_80", "sm_90")
+REGISTERS = 128
+
+# One stage for EACH elements of a thread: what grows with EACH is its cost.
+PROBES = """
+#include "topk_cuda.cu"
+using namespace topk_fast;
+template <class T, int EACH>
+__global__ void probe_stream(const uint4* x, float cut, int* out) {
+  T v[EACH][16 / sizeof(T)];
+  for (int i = 0; i < EACH; ++i) { const uint4 u = x[i * blockDim.x + threadIdx.x]; memcpy(v[i], &u, 16); }
+  for (int i = 0; i < EACH; ++i) if (__ballot_sync(kFull, above<T, float>(v[i], cut) != 0)) out[i] = i;
+}
+template <int EACH>
+__global__ void probe_words(const uint32_t* x, const int* bound, int* out, uint32_t k0, uint32_t k1) {
+  for (int i = 0; i < EACH; ++i) {
+    const Words w = philox(x[i], threadIdx.x, i, 0, k0, k1);
+    const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
+    for (int j = 0; j < 4; ++j) if (__ballot_sync(kFull, (int32_t)(words[j] >> 8) <= bound[i])) out[i] = j;
+  }
+}
+template <int EACH>
+__global__ void probe_normal(const int32_t* x, float* out) {
+  for (int i = 0; i < EACH; ++i) out[i] = normal<Scalar>(x[i]);
+}
+template <int EACH>
+__global__ void probe_arrival(const int64_t* x, const int32_t* w, float inverse, float* out, int32_t* gaps) {
+  for (int i = 0; i < EACH; ++i) {
+    out[i] = hazard_quantile<Scalar>(arrival_time(x[i], inverse));
+    gaps[i] = gap<Scalar>(w[i]);
+  }
+}
+template __global__ void probe_stream<float, 2>(const uint4*, float, int*);
+template __global__ void probe_stream<float, 4>(const uint4*, float, int*);
+template __global__ void probe_stream<BFloat16, 2>(const uint4*, float, int*);
+template __global__ void probe_stream<BFloat16, 4>(const uint4*, float, int*);
+template __global__ void probe_words<2>(const uint32_t*, const int*, int*, uint32_t, uint32_t);
+template __global__ void probe_words<4>(const uint32_t*, const int*, int*, uint32_t, uint32_t);
+template __global__ void probe_normal<2>(const int32_t*, float*);
+template __global__ void probe_normal<4>(const int32_t*, float*);
+template __global__ void probe_arrival<2>(const int64_t*, const int32_t*, float, float*, int32_t*);
+template __global__ void probe_arrival<4>(const int64_t*, const int32_t*, float, float*, int32_t*);
+"""
+
+
+def tools() -> Path:
+    """NVIDIA's disassembler; it comes with Triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def run(*command) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def machine_code(cubin: Path) -> dict[str, list[str]]:
+    """Instructions of each kernel, by its readable name."""
+    out = {}
+    for part in re.split(
+        r"^\s*\.section\s+\.text\.|^//-+ \.text\.", run(tools() / "nvdisasm", "-c", cubin), flags=re.M
+    )[1:]:
+        mangled = re.match(r"[\w$]+", part).group(0)
+        ops = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][\w.]+)", part, re.M)
+        if ops:
+            out[readable(mangled)] = ops
+    return out
+
+
+def readable(mangled: str) -> str:
+    """`search_kernel BFloat16 128` for a mangled name."""
+    name = re.search(r"(search_kernel|collect_kernel|gradient_kernel|probe_[a-z]+)I(\w*?)E?E[vE]", mangled)
+    kinds = {"BFloat16": "BFloat16", "4Half": "Half"}
+    found = next((v for k, v in kinds.items() if k in name.group(2)), None)
+    found = found or {"f": "float", "d": "double"}.get(name.group(2)[0], "")
+    numbers = re.findall(r"Li(\d+)", name.group(2))
+    return " ".join(filter(None, [name.group(1), found, *numbers]))
+
+
+def kernels(target: str, folder: Path) -> list[dict]:
+    """Facts of every kernel of the source on one architecture."""
+    cubin, ptx = folder / f"{target}.cubin", folder / f"{target}.ptx"
+    log = run("nvcc", f"-arch={target}", *FLAGS, "-Xptxas", "-v", "-cubin", "-o", cubin, SOURCE)
+    run("nvcc", f"-arch={target}", *FLAGS, "-ptx", "-o", ptx, SOURCE)
+    text = ptx.read_text()
+    forbidden = set(re.findall(r"\b(?:fma|mad\.(?:rn|rz)|[\w.]+\.approx|div\.full|sqrt\.approx)[\w.]*", text))
+    code, out = machine_code(cubin), []
+    for part in re.split(r"Compiling entry function '", log)[1:]:
+        number = lambda pattern, part=part: int(re.search(pattern, part).group(1))  # noqa: E731
+        name = readable(part.split("'")[0])
+        ops = code[name]
+        out.append({
+            "target": target,
+            "kernel": name,
+            "registers": number(r"Used (\d+) registers"),
+            "stack_bytes": number(r"(\d+) bytes stack frame"),
+            "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            "instructions": len(ops),
+            "loads_of_16_bytes": sum(bool(re.match(r"LDG?\.E.*\.128", op)) for op in ops),
+            "stores_of_16_bytes": sum(bool(re.match(r"STG?\.E.*\.128", op)) for op in ops),
+            "forbidden": sorted(forbidden),
+        })  # fmt: skip
+    return out
+
+
+def stage_costs(folder: Path) -> dict[str, float]:
+    """Instructions of a thread on sm_90 for one element of a stage; of `stream`, for one score."""
+    (folder / "probes.cu").write_text(PROBES)
+    run("nvcc", "-arch=sm_90", *FLAGS, "-cubin", "-o", folder / "probes.cubin", folder / "probes.cu")
+    size = {name: len(ops) for name, ops in machine_code(folder / "probes.cubin").items()}
+
+    def growth(name):
+        return (size[f"{name} 4"] - size[f"{name} 2"]) / 2
+
+    return {
+        "stream_float32": growth("probe_stream float") / 4,
+        "stream_bfloat16": growth("probe_stream BFloat16") / 8,
+        "words": growth("probe_words"),  # four draws
+        "normal": growth("probe_normal"),
+        "arrival": growth("probe_arrival"),  # level and gap, without its word
+    }
+
+
+def prediction(costs: dict, n, length, k, n_sample, epsilon, itemsize) -> dict:
+    """Floors of a step on an H100: bytes at 3.0e12 a second, counted instructions at one a cycle and scheduler.
+
+    Counted are stream, words, normals and arrivals; not counted are bounds, lists, selection, the cut, and what waits.
+    """
+    from triton_static import work
+
+    counts = work(length, k, n_sample, epsilon)
+    per_row = (
+        length * costs["stream_float32" if itemsize == 4 else "stream_bfloat16"]
+        + counts["contenders"] * -(-n_sample // 4) * costs["words"]
+        + counts["passed"] * n_sample * costs["normal"]
+        + -(-counts["arrivals"] // 32) * 32 * n_sample * (costs["words"] + costs["arrival"])
+    ) / 32
+    bytes_ = n * (2 * length * itemsize + 32 * n_sample * counts["arrivals"])
+    return {
+        "N": n, "L": length, "k": k, "n_sample": n_sample, "epsilon": epsilon, "itemsize": itemsize,
+        "warp_instructions_a_row": round(per_row),
+        "floor_bytes_ms": bytes_ / 3.0e12 * 1e3,
+        "floor_instructions_ms": n * per_row / (132 * 4 * 1.755e9) * 1e3,
+        "floor_copy_ms": 2 * n * length * itemsize / 3.0e12 * 1e3,
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the kernels' facts alone, as JSON")
+    arguments = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        raise SystemExit("benchmarks/cuda_static.py needs nvcc on the PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        facts = [row for target in TARGETS for row in kernels(target, Path(folder))]
+        if arguments.quick:
+            print(json.dumps(facts, indent=1))
+            return
+        costs = stage_costs(Path(folder))
+    shapes = [(1024, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072), (268, 1_000_000)]
+    floors = [
+        prediction(costs, n, length, 6, 10, epsilon, itemsize)
+        for n, length in shapes
+        for itemsize in (4, 2)
+        for epsilon in (1.0, 0.1)
+    ]
+    columns = [c for c in facts[0] if c != "forbidden"]
+    width = {c: max(len(c), *(len(str(row[c])) for row in facts)) for c in columns}
+    for row in [dict(zip(columns, columns)), *facts]:
+        print("  ".join(str(row[c]).rjust(width[c]) for c in columns))
+    print("instructions of a thread:", costs)
+    for row in floors:
+        print({name: round(value, 3) for name, value in row.items()})
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    environment = {
+        "nvcc": re.search(r"release ([\d.]+)", run("nvcc", "--version")).group(1),
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": "python " + " ".join(sys.argv),
+        "note": "compiled and counted, not run: no GPU took part",
+    }
+    result = {"environment": environment, "instructions_of_a_thread": costs, "floors": floors, "kernels": facts}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
