@@ -34,19 +34,25 @@ __global__ void probe_stream(const uint4* x, float cut, int* out) {
   for (int i = 0; i < EACH; ++i) if (__ballot_sync(kFull, above<T, float>(v[i], cut) != 0)) out[i] = i;
 }
 template <int EACH>
-__global__ void probe_words(const uint32_t* x, const int* bound, int* out, uint32_t k0, uint32_t k1) {
+__global__ void probe_words(const uint32_t* x, const int* bound, unsigned* out, uint32_t k0, uint32_t k1) {
+  unsigned passed = 0;
+#pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    const Words w = philox(x[i], threadIdx.x, i, 0, k0, k1);
-    const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
-    for (int j = 0; j < 4; ++j) if (__ballot_sync(kFull, (int32_t)(words[j] >> 8) <= bound[i])) out[i] = j;
+    const Words w = philox(x[i * blockDim.x + threadIdx.x], blockIdx.x, 7, 0, k0, k1);
+    const int b = bound[i * blockDim.x + threadIdx.x];
+    passed ^= __ballot_sync(kFull, (int32_t)(w.w0 >> 8) <= b) ^ __ballot_sync(kFull, (int32_t)(w.w1 >> 8) <= b);
+    passed ^= __ballot_sync(kFull, (int32_t)(w.w2 >> 8) <= b) ^ __ballot_sync(kFull, (int32_t)(w.w3 >> 8) <= b);
   }
+  out[threadIdx.x] = passed;
 }
 template <int EACH>
 __global__ void probe_normal(const int32_t* x, float* out) {
-  for (int i = 0; i < EACH; ++i) out[i] = normal<Scalar>(x[i]);
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) out[i * blockDim.x] = normal<Scalar>(x[i * blockDim.x]);
 }
 template <int EACH>
 __global__ void probe_arrival(const int64_t* x, const int32_t* w, float inverse, float* out, int32_t* gaps) {
+#pragma unroll
   for (int i = 0; i < EACH; ++i) {
     out[i] = hazard_quantile<Scalar>(arrival_time(x[i], inverse));
     gaps[i] = gap<Scalar>(w[i]);
@@ -56,8 +62,8 @@ template __global__ void probe_stream<float, 2>(const uint4*, float, int*);
 template __global__ void probe_stream<float, 4>(const uint4*, float, int*);
 template __global__ void probe_stream<BFloat16, 2>(const uint4*, float, int*);
 template __global__ void probe_stream<BFloat16, 4>(const uint4*, float, int*);
-template __global__ void probe_words<2>(const uint32_t*, const int*, int*, uint32_t, uint32_t);
-template __global__ void probe_words<4>(const uint32_t*, const int*, int*, uint32_t, uint32_t);
+template __global__ void probe_words<2>(const uint32_t*, const int*, unsigned*, uint32_t, uint32_t);
+template __global__ void probe_words<4>(const uint32_t*, const int*, unsigned*, uint32_t, uint32_t);
 template __global__ void probe_normal<2>(const int32_t*, float*);
 template __global__ void probe_normal<4>(const int32_t*, float*);
 template __global__ void probe_arrival<2>(const int64_t*, const int32_t*, float, float*, int32_t*);
@@ -135,7 +141,13 @@ def stage_costs(folder: Path) -> dict[str, float]:
     size = {name: len(ops) for name, ops in machine_code(folder / "probes.cubin").items()}
 
     def growth(name):
-        return (size[f"{name} 4"] - size[f"{name} 2"]) / 2
+        cost = (size[f"{name} 4"] - size[f"{name} 2"]) / 2
+
+    if cost <= 0:
+        raise SystemExit(
+            f"{name} did not grow with its elements: the compiler has kept a loop, and nothing was counted"
+        )
+    return cost
 
     return {
         "stream_float32": growth("probe_stream float") / 4,
