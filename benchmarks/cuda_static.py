@@ -142,12 +142,9 @@ def stage_costs(folder: Path) -> dict[str, float]:
 
     def growth(name):
         cost = (size[f"{name} 4"] - size[f"{name} 2"]) / 2
-
-    if cost <= 0:
-        raise SystemExit(
-            f"{name} did not grow with its elements: the compiler has kept a loop, and nothing was counted"
-        )
-    return cost
+        if cost <= 0:
+            raise SystemExit(f"{name} did not grow with its elements: the compiler kept a loop, nothing was counted")
+        return cost
 
     return {
         "stream_float32": growth("probe_stream float") / 4,
