@@ -58,6 +58,9 @@ gpu: build
 	  -k "(layout or across_blocks or ignored or list_holds or kinds) and not order" \
 	  > $(OUT)/$$tool.log 2>&1 || exit 9; done
 	OUT=$(OUT) $(PYTHON) benchmarks/gpu.py $(ARGS) 2>&1 | tee $(OUT)/benchmark.log; test $${PIPESTATUS[0]} -eq 0
+	# The share of the DRAM's peak, where a profiler is allowed to count.
+	ncu --csv --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed -k "regex:search_kernel|gradient_kernel" \
+	  $(PYTHON) benchmarks/gpu.py --once > $(OUT)/ncu.csv 2>&1 || echo "no profile: $$(tail -1 $(OUT)/ncu.csv)"
 	OUT=$(OUT) $(PYTHON) benchmarks/linear.py $(ARGS) 2>&1 | tee $(OUT)/linear.log; test $${PIPESTATUS[0]} -eq 0
 
 clean:

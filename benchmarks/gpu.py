@@ -6,6 +6,7 @@ Equality comes first: losses and gradients of the first rows must be the CPU ker
 
     python benchmarks/gpu.py                  # all cases, results to $OUT/gpu.json (out/ by default)
     python benchmarks/gpu.py --quick          # one value of B, K and epsilon a shape
+    ncu ... python benchmarks/gpu.py --once   # a step of each shape, for a profiler
 """
 
 import argparse
@@ -172,10 +173,20 @@ def environment() -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one value of B, K and epsilon a shape")
+    parser.add_argument(
+        "--once", action="store_true", help="one step of our backends a shape, for a profiler; no figures"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each case, compilation aside")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs a GPU that torch.cuda sees; on a CPU run benchmarks/cpu.py")
+    if arguments.once:
+        for n, length in SHAPES:
+            for dtype in (torch.float32, torch.bfloat16):
+                scores, target = batch(n, length, dtype, "normal")
+                for name in OURS:
+                    step(topk_fast.BalNoisedTopK(BASE["k"], 1.0, BASE["n_sample"], backend=name), scores, target)
+        return
     bandwidth = copy_bandwidth()
     report = {"environment": environment(), "copy_bytes_per_second": bandwidth, "cases": []}
     path = Path(os.environ.get("OUT", ROOT / "out")) / "gpu.json"
