@@ -9,6 +9,7 @@ import datetime
 import functools
 import multiprocessing
 import os
+import re
 import traceback
 
 import pytest
@@ -114,18 +115,19 @@ def dtensor_case(rank, world, sizes, kind):
     scores, target = batch()
     x, weight, b = layer()
     if world == 0:
-        leaves = [t.requires_grad_() for t in ([scores] if kind == "scores" else [x, weight, b])]
+        leaves = [t.requires_grad_() for t in ([scores] if kind.endswith("scores") else [x, weight, b])]
     else:
         shape, placements = ((2, 2), (Replicate(), Shard(0))) if kind == "2d mesh" else ((world,), (Shard(0),))
         mesh = init_device_mesh("cpu", shape)
-        if kind == "scores":
-            leaves = [distribute_tensor(scores, mesh, [Shard(1)]).requires_grad_()]
+        if kind.endswith("scores"):
+            placement = Replicate() if kind.startswith("replicated") else Shard(1)
+            leaves = [distribute_tensor(scores, mesh, [placement]).requires_grad_()]
             target = distribute_tensor(target, mesh, [Replicate()])
         else:
             leaves = [x, *(distribute_tensor(t, mesh, placements) for t in (weight, b))]
             leaves = [t.requires_grad_() for t in leaves]
     common = dict(seed=5, sampler="dense")
-    if kind == "scores":
+    if kind.endswith("scores"):
         loss = bal_noised_topk_loss(leaves[0], target, K, 0.5, **common)
     else:
         loss = linear_noised_topk_loss(leaves[0], leaves[1], target, leaves[2], k=K, epsilon=0.5, **common)
@@ -136,6 +138,29 @@ def dtensor_case(rank, world, sizes, kind):
     for t in leaves:
         assert type(t.grad) is type(t) and getattr(t.grad, "placements", 0) == getattr(t, "placements", 0)
     return loss.full_tensor().detach(), *(t.grad.full_tensor() if isinstance(t, DTensor) else t.grad for t in leaves)
+
+
+def wrong_dtensor_case(rank, world, sizes):
+    """DTensors that are not sharded by class, or come with what they know already: what each says."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    scores, target = batch()
+    x, weight, _ = layer()
+    by_row, by_class = (distribute_tensor(scores, mesh, [Shard(dim)]) for dim in (0, 1))
+    weight = distribute_tensor(weight, mesh, [Shard(0)])
+    said = []
+    for call in (
+        lambda: bal_noised_topk_loss(by_row, target, K),
+        lambda: bal_noised_topk_loss(by_class, target, K, process_group=dist.group.WORLD),
+        lambda: linear_noised_topk_loss(x, weight, target, k=K, epsilon=0.5, sparse_grad=True),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            said.append(f"{error}")
+    return said
 
 
 def seeds_case(rank, world, sizes):
@@ -228,6 +253,15 @@ def wrong_case(rank, world, sizes, change, everywhere=False):
         return f"{type(error).__name__}: {error}"
 
 
+def wrong_topk_case(rank, world, sizes):
+    """One class more than there are."""
+    x, weight, _ = layer()
+    try:
+        linear_topk(x, weight[part_of(sizes_of(sizes, world), rank)], L + 1, process_group=dist.group.WORLD)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def mixed_case(rank, world, sizes):
     """Ranks that call different functions."""
     scores, target = batch()
@@ -242,11 +276,11 @@ def mixed_case(rank, world, sizes):
         return f"{type(error).__name__}: {error}"
 
 
-def topk_case(rank, world, sizes, chunk):
+def topk_case(rank, world, sizes, chunk, k=17):
     x, weight, b = layer()
     own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
     group = None if world == 0 else dist.group.WORLD
-    return linear_topk(x, weight[own], 17, b[own], chunk_size=chunk, process_group=group)
+    return linear_topk(x, weight[own], k, b[own], chunk_size=chunk, process_group=group)
 
 
 def modules_case(rank, world, sizes, name):
@@ -325,6 +359,11 @@ def thinned_case(rank, world, sizes):
     return losses.detach(), x.grad.sum(0)
 
 
+DTENSOR_ERRORS = (
+    r"input must be sharded along its classes, Shard\(1\), .* got \(Shard\(dim=0\),\)",
+    "input is a DTensor, which knows its process group: process_group must be None",
+    "sparse_grad=True needs a plain weight, got a DTensor",
+)
 BACKENDS = ["cpp", "torch"] if ops.HAS_CPP else ["torch"]
 CASES = {
     **{
@@ -344,7 +383,11 @@ CASES = {
     "linear with margins": (linear_case, "even", "float32", True, False, False, None, MARGINS),
     "top-k": (topk_case, "ragged", None),
     "top-k in chunks": (topk_case, "empty and single", 7),
+    "top-k: the best alone": (topk_case, "ragged", None, 1),
+    "top-k: all classes": (topk_case, "ragged", 9, L),
     "DTensor scores": (dtensor_case, "even", "scores"),
+    "DTensor replicated scores": (dtensor_case, "even", "replicated scores"),
+    "DTensor errors": (wrong_dtensor_case, "even"),
     "DTensor weight": (dtensor_case, "even", "linear"),
     "all rows ignored": (scores_case, "ragged", "balanced", "float32", "none", "auto", "dense", with_all_ignored),
     "recipe": (recipe_case, "even"),
@@ -358,6 +401,7 @@ CASES = {
     **{f"wrong {name}": (wrong_case, "ragged", change) for name, (change, *_) in WRONG.items()},
     **{f"all wrong {name}": (wrong_case, "ragged", change, True) for name, (change, _) in WRONG_EVERYWHERE.items()},
     "mixed": (mixed_case, "ragged"),
+    "wrong top-k": (wrong_topk_case, "ragged"),
 }  # fmt: skip
 MORE = {  # on so many ranks alone: the mesh needs four, and compiling takes each of them seconds
     2: {"compiled scores": (compiled_case, "ragged", "scores"), "compiled linear": (compiled_case, "ragged", "linear")},
@@ -452,21 +496,28 @@ def test_sharded_linear_loss_is_that_of_one_process(ranks, world, name):
 
 
 @every_world
-@pytest.mark.parametrize("name", ["top-k", "top-k in chunks"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("top-k")])
 def test_sharded_topk(ranks, world, name):
     x, weight, b = layer()
-    expected = F.linear(x, weight, b).topk(17)
     for values, classes in [alone(name), *result_of(ranks, world, name)]:
+        expected = F.linear(x, weight, b).topk(values.shape[-1])
         torch.testing.assert_close(values, expected.values)
         assert torch.equal(classes, expected.indices)
+    assert classes.shape == (N, {"top-k: the best alone": 1, "top-k: all classes": L}.get(name, 17))
 
 
 @every_world
-@pytest.mark.parametrize("name", ["DTensor scores", "DTensor weight"])
+@pytest.mark.parametrize("name", [name for name, (case, *_) in CASES.items() if case is dtensor_case])
 def test_dtensors(ranks, world, name):
     for result in result_of(ranks, world, name):
         for given, expected in zip(result, alone(name), strict=True):
             torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_world
+def test_dtensors_that_are_not_sharded_by_class(ranks, world):
+    for said in result_of(ranks, world, "DTensor errors"):
+        assert [bool(re.search(*pair)) for pair in zip(DTENSOR_ERRORS, said, strict=True)] == [True] * 3, said
 
 
 def test_dtensor_on_a_mesh_of_two_dimensions(ranks):
@@ -547,6 +598,12 @@ def test_ranks_that_disagree_all_raise(ranks, world, name):
 def test_what_is_wrong_with_all_classes_known_raises_everywhere(ranks, world, name):
     for result in result_of(ranks, world, f"all wrong {name}"):
         assert result is not None and WRONG_EVERYWHERE[name][1] in result
+
+
+@every_world
+def test_topk_of_more_classes_than_there_are(ranks, world):
+    for result in result_of(ranks, world, "wrong top-k"):
+        assert result == "ValueError: k must be in [1, L] = [1, 60], got 61"
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])

@@ -90,11 +90,11 @@ def reduction(reduction):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-def rank(k, n_classes):
-    """The K of a loss; ``n_classes`` is None where it is not known yet."""
+def rank(k, n_classes, spare=1):
+    """k of at most L - ``spare``: a loss leaves one class; ``n_classes`` is None where L is not known yet."""
     if n_classes is None:
         return integer("k", k, 1, 2**31 - 2)
-    return integer("k", k, 1, n_classes - 1, "L - 1")
+    return integer("k", k, 1, n_classes - spare, f"L - {spare}" if spare else "L")
 
 
 def ignored(ignore_index):

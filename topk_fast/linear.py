@@ -178,7 +178,7 @@ def linear_topk(
     with sharding.Meeting(process_group, "linear_topk") as meeting:
         dtype = checks.layer(input, weight, bias)
         rows = input.reshape(-1, input.shape[-1])
-        k = checks.integer("k", k, 1, *((2**31 - 2,) if process_group else (weight.shape[0], "L")))
+        k = checks.rank(k, weight.shape[0] if process_group is None else None, spare=0)
         chunk = _chunk(chunk_size, rows, weight, dtype)
         suffix = ops.suffix(backend, rows.new_empty((0, chunk), dtype=dtype), k)
         seed, target = (
@@ -186,7 +186,17 @@ def linear_topk(
             rows.new_zeros(len(rows), dtype=torch.int64),
         )
         shards = meeting.agree(
-            weight.shape[0], target, None, k - 1, seed, True, 0, normalize=normalize, dtype=dtype, width=rows.shape[1]
+            weight.shape[0],
+            target,
+            None,
+            k,
+            seed,
+            True,
+            0,
+            spare=0,
+            normalize=normalize,
+            dtype=dtype,
+            width=rows.shape[1],
         )
     if normalize:
         rows = F.normalize(rows, dim=1)

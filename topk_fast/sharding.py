@@ -113,15 +113,15 @@ class Meeting:
 
     def agree(
         self, n_classes: int, target: Tensor, margins: Tensor | None, k: int, seed: Tensor, fixed_seed: bool,
-        ignore_index: int, **facts,
+        ignore_index: int, spare: int = 1, **facts,
     ) -> Shards | None:  # fmt: skip
         """The `Shards` of a call with ``n_classes`` classes here; raises on every rank where ranks disagree."""
         if self.group is None:
             return None
         agree = torch.compiler.disable(self._agree) if torch.compiler.is_compiling() else self._agree
-        return agree(n_classes, target, margins, k, seed, fixed_seed, ignore_index, facts)
+        return agree(n_classes, target, margins, k, seed, fixed_seed, ignore_index, spare, facts)
 
-    def _agree(self, n_classes, target, margins, k, seed, fixed_seed, ignore_index, facts):
+    def _agree(self, n_classes, target, margins, k, seed, fixed_seed, ignore_index, spare, facts):
         labels = target.masked_fill(target == ignore_index, 0)
         marks = [seed, _checksum(target), *(labels.aminmax() if len(labels) else (torch.zeros_like(seed),) * 2)]
         if margins is not None:
@@ -150,7 +150,7 @@ class Meeting:
                     shown = "" if name in ("target", "margins") else f", {facts[name]!r} here"
                     raise ValueError(f"all ranks must pass the same {name}; rank {rank}'s is not this rank's{shown}")
         shards = Shards(self.group, tuple(m[1] for m in everyone), torch.full_like(seed, everyone[0][2]))
-        checks.rank(k, shards.n_classes)
+        checks.rank(k, shards.n_classes, spare)
         if margins is not None:
             checks.margins(margins, shards.n_classes, margins.device, margins.dtype)
         if low < 0 or high >= shards.n_classes:
