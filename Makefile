@@ -39,12 +39,12 @@ bench: build
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(FORMAT_CPP) --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp
+	$(FORMAT_CPP) --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp
 
 format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(FORMAT_CPP) -i csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp
+	$(FORMAT_CPP) -i csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp
 
 # On a machine with a GPU: its tests, a sanitized run of the small ones, the benchmark; results in OUT.
 OUT ?= $(CURDIR)/out

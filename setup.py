@@ -37,7 +37,7 @@ def native():
     common = dict(
         include_dirs=[os.path.abspath("csrc")],
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-        depends=sorted(glob("csrc/*.h")),
+        depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h")),
     )
     # One rounding an operation on every machine (csrc/noise.h): no contraction, no -march=native.
     flags = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",

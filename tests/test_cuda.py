@@ -22,7 +22,7 @@ from topk_fast import ops, reference
 from topk_fast.functional import noised_topk_candidates
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "csrc" / "topk_cuda.cu"
+SOURCES = ROOT / "csrc"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of topk_cuda.h's ScoreType
 CANDIDATES, SMOOTHED, LOSS = range(3)
 SANITIZED = "TOPK_FAST_SIMT_LIBRARY"  # names the library to use, built with sanitizers, in a process that has them
@@ -48,11 +48,11 @@ class Gradient(ctypes.Structure):
     ]  # fmt: skip
 
 
-def compiled(out, source=SOURCE, flags=("-O2",)):
-    """The kernels as a library for this CPU."""
+def compiled(out, sources=SOURCES, flags=("-O2",)):
+    """The kernels, whose sources lie in a folder, as a library for this CPU."""
     command = ["g++", "-x", "c++", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror",
-               "-Wno-unused-parameter", *flags, "-include", str(ROOT / "tests" / "simt.h"), f"-I{ROOT / 'csrc'}",
-               str(source), "-o", str(out)]  # fmt: skip
+               "-Wno-unused-parameter", *flags, "-include", str(ROOT / "tests" / "simt.h"),
+               str(sources / "topk_cuda.cu"), "-o", str(out)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
@@ -321,13 +321,20 @@ BUGS = {  # in the source, and how they show: as an error of the model or as wro
 }  # fmt: skip
 
 
+def with_bug(folder, right, wrong):
+    """A copy of the sources in which one place is wrong."""
+    sources = shutil.copytree(SOURCES, folder / "csrc")
+    (place,) = (path for path in sources.rglob("*") if path.is_file() and right in path.read_text())
+    text = place.read_text()
+    assert text.count(right) == 1
+    place.write_text(text.replace(right, wrong))
+    return sources
+
+
 @pytest.mark.parametrize("bug", [b for b in BUGS if b != "an entry too far"])
 def test_planted_bugs_are_found(tmp_path, bug):
     right, wrong, error = BUGS[bug]
-    text = SOURCE.read_text()
-    assert text.count(right) == 1
-    (tmp_path / "bug.cu").write_text(text.replace(right, wrong))
-    path = compiled(tmp_path / "bug.so", tmp_path / "bug.cu", ("-O1", "-Wno-unused"))
+    path = compiled(tmp_path / "bug.so", with_bug(tmp_path, right, wrong), ("-O1", "-Wno-unused"))
     found = []
     for order in range(6):
         for kind in ("normal", "rising"):
@@ -343,7 +350,7 @@ def test_planted_bugs_are_found(tmp_path, bug):
         assert not all(f is True for f in found)
 
 
-def sanitized(tmp_path, source, select):
+def sanitized(tmp_path, sources, select):
     """A run of this file's tests on a library with sanitizers, in a process that has their run time."""
     flags = (
         "-O1",
@@ -353,7 +360,7 @@ def sanitized(tmp_path, source, select):
         "-Wno-unused",
         "-Wno-clobbered",
     )
-    path = compiled(tmp_path / "sanitized.so", source, flags)
+    path = compiled(tmp_path / "sanitized.so", sources, flags)
     found = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
              for name in ("libasan.so", "libubsan.so", "libstdc++.so")]  # fmt: skip
     environment = os.environ | {
@@ -365,15 +372,14 @@ def sanitized(tmp_path, source, select):
 
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_under_sanitizers(tmp_path):
-    done = sanitized(tmp_path, SOURCE, "order0 and float32 or list_holds")
+    done = sanitized(tmp_path, SOURCES, "order0 and float32 or list_holds")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_sanitizers_see_an_entry_too_far(tmp_path):
     right, wrong, _ = BUGS["an entry too far"]
-    (tmp_path / "bug.cu").write_text(SOURCE.read_text().replace(right, wrong))
-    done = sanitized(tmp_path, tmp_path / "bug.cu", "list_holds")
+    done = sanitized(tmp_path, with_bug(tmp_path, right, wrong), "list_holds")
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr + done.stdout
 
 
