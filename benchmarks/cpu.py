@@ -171,11 +171,12 @@ def table(report) -> str:
     )
 
 
-def write_table(report):
+def write_table(name, text):
+    """Puts a table between README's marks of that name."""
     readme = ROOT / "README.md"
-    head, _, rest = readme.read_text().partition("<!-- cpu table -->\n")
+    head, _, rest = readme.read_text().partition(f"<!-- {name} table -->\n")
     _, _, tail = rest.partition("<!-- end -->")
-    readme.write_text(f"{head}<!-- cpu table -->\n{table(report)}\n<!-- end -->{tail}")
+    readme.write_text(f"{head}<!-- {name} table -->\n{text}\n<!-- end -->{tail}")
 
 
 def main():
@@ -184,7 +185,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="write README's table from the committed JSON")
     arguments = parser.parse_args()
     if arguments.table:
-        write_table(json.loads(RESULT.read_text()))
+        write_table("cpu", table(json.loads(RESULT.read_text())))
         return
     torch.set_num_threads(1)
     cases = [c for c in CASES if c[2:] == (5, 1.0)] if arguments.quick else CASES
@@ -201,7 +202,7 @@ def main():
     print(table(report))
     if not arguments.quick:
         RESULT.write_text(json.dumps(report, indent=1) + "\n")
-        write_table(report)
+        write_table("cpu", table(report))
 
 
 if __name__ == "__main__":

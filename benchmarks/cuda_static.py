@@ -160,7 +160,7 @@ def prediction(costs: dict, n, length, k, n_sample, epsilon, itemsize) -> dict:
 
     Counted are stream, words, normals and arrivals; not counted are bounds, lists, selection, the cut, and what waits.
     """
-    from triton_static import work
+    from triton_static import floors, work
 
     counts = work(length, k, n_sample, epsilon)
     per_row = (
@@ -169,14 +169,7 @@ def prediction(costs: dict, n, length, k, n_sample, epsilon, itemsize) -> dict:
         + counts["passed"] * n_sample * costs["normal"]
         + -(-counts["arrivals"] // 32) * 32 * n_sample * (costs["words"] + costs["arrival"])
     ) / 32
-    bytes_ = n * (2 * length * itemsize + 32 * n_sample * counts["arrivals"])
-    return {
-        "N": n, "L": length, "k": k, "n_sample": n_sample, "epsilon": epsilon, "itemsize": itemsize,
-        "warp_instructions_a_row": round(per_row),
-        "floor_bytes_ms": bytes_ / 3.0e12 * 1e3,
-        "floor_instructions_ms": n * per_row / (132 * 4 * 1.755e9) * 1e3,
-        "floor_copy_ms": 2 * n * length * itemsize / 3.0e12 * 1e3,
-    }  # fmt: skip
+    return floors(counts, per_row, n, length, k, n_sample, epsilon, itemsize)
 
 
 def main():
@@ -191,13 +184,9 @@ def main():
             print(json.dumps(facts, indent=1))
             return
         costs = stage_costs(Path(folder))
-    shapes = [(1024, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072), (268, 1_000_000)]
-    floors = [
-        prediction(costs, n, length, 6, 10, epsilon, itemsize)
-        for n, length in shapes
-        for itemsize in (4, 2)
-        for epsilon in (1.0, 0.1)
-    ]
+    from triton_static import PREDICTED
+
+    floors = [prediction(costs, *case) for case in PREDICTED]
     columns = [c for c in facts[0] if c != "forbidden"]
     width = {c: max(len(c), *(len(str(row[c])) for row in facts)) for c in columns}
     for row in [dict(zip(columns, columns)), *facts]:

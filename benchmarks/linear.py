@@ -71,7 +71,7 @@ def candidates() -> dict:
 
 
 def batch(N, D, L, dtype, exact=False):
-    """Features, weight and target; logits of standard deviation 1. ``exact``: halves, whose matmul is not rounded."""
+    """Features, weight and target; logits of standard deviation 1. ``exact``: small integers, whose matmul has no rounding."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.randn(N, D, generator=generator, device=DEVICE)
     weight = torch.randn(L, D, generator=generator, device=DEVICE) / (2 if exact else D**0.5)
@@ -141,7 +141,7 @@ def measure(case, repeats: int) -> dict:
     x, weight, y = batch(**case)
     steps = {name: Step(name, x, weight, y) for name in candidates()}
     times = {name: [] for name in steps}
-    for name in list(steps):
+    for name in steps:
         try:
             timed([steps[name].forward, steps[name].backward, steps[name].update])  # warms up, compiles
         except torch.OutOfMemoryError:
@@ -211,20 +211,13 @@ def table(report) -> str:
     )
 
 
-def write_table(report):
-    readme = ROOT / "README.md"
-    head, _, rest = readme.read_text().partition("<!-- linear table -->\n")
-    _, _, tail = rest.partition("<!-- end -->")
-    readme.write_text(f"{head}<!-- linear table -->\n{table(report)}\n<!-- end -->{tail}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats, the first case alone; prints only")
     parser.add_argument("--table", action="store_true", help="write README's table from the committed JSON")
     arguments = parser.parse_args()
     if arguments.table:
-        write_table(json.loads(RESULT.read_text()))
+        cpu.write_table("linear", table(json.loads(RESULT.read_text())))
         return
     torch.set_num_threads(1)
     report = {"environment": gpu.environment() if ON_GPU else cpu.machine(), "search": SEARCH, "cases": []}
@@ -244,7 +237,7 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     if not ON_GPU:
-        write_table(report)
+        cpu.write_table("linear", table(report))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,13 @@ CASES = [
     (64, 131_072, torch.float32, 101, 64, "thinned"),
     (64, 2_000, torch.float32, 6, 5, "dense"),
 ]
+# (N, L, k, n_sample, epsilon, bytes of a score) of the floors.
+PREDICTED = [
+    (n, length, 6, 10, epsilon, itemsize)
+    for n, length in ((1024, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072), (268, 1_000_000))
+    for itemsize in (4, 2)
+    for epsilon in (1.0, 0.1)
+]
 QUICK = [CASES[i] for i in (0, 2, 4, 5, 7)]
 
 
@@ -227,6 +234,11 @@ def prediction(costs: dict, n, length, k, n_sample, epsilon, itemsize) -> dict:
         + counts["passed"] * lanes * costs["normal"]
         + counts["arrivals"] * lanes * (costs["words"] / 2 + costs["gap"] + costs["level"])
     ) / 32
+    return floors(counts, per_row, n, length, k, n_sample, epsilon, itemsize)
+
+
+def floors(counts: dict, per_row: float, n, length, k, n_sample, epsilon, itemsize) -> dict:
+    """A case, its `work`, and the times below which no step can be, with ``per_row`` instructions of a warp a row."""
     bytes_ = n * (2 * length * itemsize + 32 * n_sample * counts["arrivals"])
     return {
         "N": n, "L": length, "k": k, "n_sample": n_sample, "epsilon": epsilon, "itemsize": itemsize,
@@ -252,13 +264,7 @@ def main():
         print(json.dumps(report, indent=1))
         return
     costs = stage_costs()
-    shapes = [(1024, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072), (268, 1_000_000)]
-    predictions = [
-        prediction(costs, n, length, 6, 10, epsilon, itemsize)
-        for n, length in shapes
-        for itemsize in (4, 2)
-        for epsilon in (1.0, 0.1)
-    ]
+    predictions = [prediction(costs, *case) for case in PREDICTED]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     environment = {
         "triton": triton.__version__,

@@ -141,21 +141,9 @@ def bal_noised_topk_loss(
         tensor([0.5000, 6.5000])
     """
     return _loss(
-        input,
-        target,
-        None,
-        1.0,
-        k,
-        epsilon,
-        n_sample,
-        reduction,
-        ignore_index,
-        generator,
-        seed,
-        sampler,
-        backend,
+        input, target, None, 1.0, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend,
         process_group,
-    )
+    )  # fmt: skip
 
 
 def imbal_noised_topk_loss(
@@ -207,21 +195,9 @@ def imbal_noised_topk_loss(
     if margins is None:
         raise TypeError("margins must be a tensor, got NoneType; see class_margins")
     return _loss(
-        input,
-        target,
-        margins,
-        scale,
-        k,
-        epsilon,
-        n_sample,
-        reduction,
-        ignore_index,
-        generator,
-        seed,
-        sampler,
-        backend,
+        input, target, margins, scale, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend,
         process_group,
-    )
+    )  # fmt: skip
 
 
 def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:

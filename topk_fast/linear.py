@@ -251,7 +251,7 @@ def _walk(suffix):
                 found = search(logits, seed, k, epsilon, n_sample, row, first, dense)
                 if start:
                     found = (torch.cat(pair, dim=2) for pair in zip((values[at], classes[at]), found))
-                    found = sharding.merge(*found, k)
+                    found = reference.merge(*found, k)
                 values[at], classes[at] = found
                 if target is not None:
                     true_score[at] += sharding.own_scores(logits, target[at], first)

@@ -181,13 +181,13 @@ class _LinearLoss(_Loss):
     """What the losses that own a classifier share: its parameters, this rank's classes alone in a process group."""
 
     def __init__(
-        self, in_features, n_classes, bias, normalize, chunk_size, sparse_grad, device, dtype, *loss_args
-    ):  # fmt: skip
+        self, in_features, n_classes, bias, normalize, scale, chunk_size, sparse_grad, device, dtype, *loss_args
+    ):
         super().__init__(*loss_args)
         in_features = checks.integer("in_features", in_features, 1, 2**31 - 1)
         n_classes = checks.integer("n_classes", n_classes, 2, 2**31 - 1)
         self.in_features, self.n_classes, self.normalize = in_features, n_classes, normalize
-        self.chunk_size, self.sparse_grad = chunk_size, sparse_grad
+        self.scale, self.chunk_size, self.sparse_grad = scale, chunk_size, sparse_grad
         sharding.check_group(self.process_group)
         ranks, rank = (1, 0) if self.process_group is None else (self.process_group.size(), self.process_group.rank())
         width = -(-n_classes // ranks)
@@ -219,6 +219,13 @@ class _LinearLoss(_Loss):
 
     def _layer(self):
         return dict(normalize=self.normalize, chunk_size=self.chunk_size)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return linear_noised_topk_loss(
+            input, self.weight, target, self.bias, k=self.k, epsilon=self.epsilon, n_sample=self.n_sample,
+            margins=self._buffers.get("m_list"), scale=self.scale, sparse_grad=self.sparse_grad, **self._layer(),
+            **self._extras(),
+        )  # fmt: skip
 
     def topk(self, input: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
         """The ``k`` best logits and classes of every row, see :func:`~topk_fast.functional.linear_topk`.
@@ -284,15 +291,8 @@ class LinearBalNoisedTopK(_LinearLoss):
         dtype=None,
     ):
         super().__init__(
-            in_features, n_classes, bias, normalize, chunk_size, sparse_grad, device, dtype, k, epsilon, n_sample,
-            reduction, ignore_index, generator, seed, sampler, backend, process_group,
-        )  # fmt: skip
-        self.scale = scale
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return linear_noised_topk_loss(
-            input, self.weight, target, self.bias, k=self.k, epsilon=self.epsilon, n_sample=self.n_sample,
-            scale=self.scale, sparse_grad=self.sparse_grad, **self._layer(), **self._extras(),
+            in_features, n_classes, bias, normalize, scale, chunk_size, sparse_grad, device, dtype, k, epsilon,
+            n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group,
         )  # fmt: skip
 
 
@@ -335,17 +335,10 @@ class LinearImbalNoisedTopK(_LinearLoss):
     ):
         margins = class_margins(cls_num_list, max_m)
         super().__init__(
-            in_features, len(margins), bias, normalize, chunk_size, sparse_grad, device, dtype, k, epsilon, n_sample,
-            reduction, ignore_index, generator, seed, sampler, backend, process_group,
+            in_features, len(margins), bias, normalize, scale, chunk_size, sparse_grad, device, dtype, k, epsilon,
+            n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group,
         )  # fmt: skip
-        self.scale = scale
         self.register_buffer("m_list", margins.to(device))
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return linear_noised_topk_loss(
-            input, self.weight, target, self.bias, k=self.k, epsilon=self.epsilon, n_sample=self.n_sample,
-            margins=self.m_list, scale=self.scale, sparse_grad=self.sparse_grad, **self._layer(), **self._extras(),
-        )  # fmt: skip
 
 
 class NormedLinear(Module):

@@ -107,6 +107,13 @@ def empty_lists(scores: Tensor, k: int, n_sample: int) -> tuple[Tensor, Tensor]:
     return values, torch.full_like(values, -1, dtype=torch.int64)
 
 
+def merge(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of lists that stand one behind the other, in the order of their classes: [N, B, m] -> [N, B, k]."""
+    # A stable sort keeps the lower class first among equals; adding 0 makes -0 equal to +0 in radix sorts.
+    order = (values + 0.0).sort(dim=2, descending=True, stable=True).indices[..., :k]
+    return values.gather(2, order), classes.gather(2, order)
+
+
 def _draw_contenders(best, scores, level, rows, seed, epsilon, first_class):
     """Merges every class above the cut into the k best, some columns of the ragged list of contenders at a time."""
     values, classes = best
@@ -125,9 +132,7 @@ def _draw_contenders(best, scores, level, rows, seed, epsilon, first_class):
         drawn = clean[:, None] + z * epsilon
         values = torch.cat([values, drawn], dim=2)
         classes = torch.cat([classes, index[:, None].expand(-1, n_sample, -1)], dim=2)
-        # A stable sort keeps the lower class first among equals; adding 0 makes -0 equal to +0 in radix sorts.
-        order = (values + 0.0).sort(dim=2, descending=True, stable=True).indices[..., :k]
-        values, classes = values.gather(2, order), classes.gather(2, order)
+        values, classes = merge(values, classes, k)
         classes = classes.masked_fill(values == -math.inf, -1)
     return values, classes
 

@@ -28,13 +28,6 @@ from . import checks, ops, reference
 _SLOTS = 32  # of the meeting's message; the same for all functions, so that no mix of calls can hang
 
 
-def merge(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of lists that stand one behind the other, in the order of their classes: [N, B, m] -> [N, B, k]."""
-    # The sort is stable: among equals the lower class stays first. Adding 0 makes -0 equal to +0 in radix sorts.
-    order = (values + 0.0).sort(dim=2, descending=True, stable=True).indices[..., :k]
-    return values.gather(2, order), classes.gather(2, order)
-
-
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[n] of every rank, one all-gather -> [ranks, n]."""
     out = x.new_empty(group.size() * x.numel())
@@ -67,7 +60,7 @@ class Shards:
         own = torch.cat([lists.flatten(), true_score.to(values.dtype).view(word)])
         lists, scores = _all_gather(own, self.group).split([lists.numel(), n_rows], dim=1)
         lists = lists.reshape(-1, 2, n_rows, n_sample, k).movedim(0, 3).flatten(3)  # [2, N, B, ranks * k]
-        values, classes = merge(lists[0].view(values.dtype), lists[1].to(torch.int64), k)
+        values, classes = reference.merge(lists[0].view(values.dtype), lists[1].to(torch.int64), k)
         ends = torch.tensor(self.sizes, device=target.device).cumsum(0)
         owner = torch.searchsorted(ends, target, right=True).clamp(max=len(self.sizes) - 1)
         return values, classes, scores.reshape(-1, n_rows).gather(0, owner[None])[0].view(values.dtype)
