@@ -32,6 +32,7 @@ from topk_fast import LinearBalNoisedTopK
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN, BATCH, K = 256, 256, 5
+LOGIT_ROWS = 64  # that are saved on request
 TEST_SHARE = 4  # every fourth row of a species is a test row; a species with fewer has none
 LOSSES = ("topk", "cross-entropy")
 # Of the hidden layer and of the classifier; chosen by hand on validation rows (--validation), as epsilon was, for the best
@@ -61,9 +62,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--validation", action="store_true", help="measure on a part of the training rows, to choose by"
     )
+    parser.add_argument("--save-logits", type=Path, help="file for logits of test rows, on which benchmarks can run")
     parser.add_argument("--cache", type=Path, default=ROOT / "data", help="folder of downloaded and parsed data")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "all_species.json")
     args = parser.parse_args()
+    if args.save_logits and "cross-entropy" not in args.losses:
+        parser.error("--save-logits saves those of cross-entropy, which --losses leaves out")
     if "RANK" in os.environ and "cross-entropy" in args.losses:
         parser.error("the plain form has all classes in one process: under torchrun pass --losses topk")
     return args
@@ -150,6 +154,14 @@ def train(
 
 
 @torch.no_grad()
+def save_logits(path: Path, hidden: nn.Module, head: nn.Linear, data: Dataset, rows: Tensor) -> None:
+    """Logits (float16) and target of some rows, for benchmarks on scores as training makes them."""
+    logits = nn.functional.linear(hidden(features(data, rows)), head.weight, head.bias)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"logits": logits.half(), "target": torch.from_numpy(data.target)[rows]}, path)
+
+
+@torch.no_grad()
 def accuracy(hidden: nn.Module, head: nn.Module, data: Dataset, rows: Tensor, k: tuple[int, ...] = (1, 5, 10)) -> dict:
     target = torch.from_numpy(data.target)
     best = torch.cat([head.topk(hidden(features(data, batch)), max(k))[1] for batch in rows.split(1024)])
@@ -182,6 +194,8 @@ def main() -> None:
     for name in args.losses:
         hidden, head, took = train(name, data, train_rows, args, group, memory)
         result["losses"][name] = took | accuracy(hidden, head, data, test_rows)
+        if args.save_logits and name == "cross-entropy":
+            save_logits(args.save_logits, hidden, head, data, test_rows[:LOGIT_ROWS])
         del hidden, head
     if talks:
         columns = ("ms a step", "CPU ms a step", "peak MiB")

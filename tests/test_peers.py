@@ -1,0 +1,120 @@
+"""Contract under test: each peer is the formula of its docstring, found here another way; each gives a finite gradient."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+for needed in ("pytopk", "difftopk", "entmax"):
+    pytest.importorskip(needed, reason=f"{needed} is a peer that the package itself does not need")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import peers  # noqa: E402
+from peers import PEERS, Case  # noqa: E402
+
+
+@pytest.fixture
+def scores():
+    return torch.randn(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.double, requires_grad=True)
+
+
+TARGET = torch.tensor([0, 4, 8])
+
+
+def over_all_sets(scores, target, k, tau, alpha):
+    """The smooth top-K SVM loss from its definition, set by set."""
+    losses = []
+    for row, y in zip(scores, target.tolist()):
+        sets = list(itertools.combinations(range(len(row)), k))
+        value = torch.stack([row[list(a)].sum() / k for a in sets])
+        without = torch.tensor([alpha * (y not in a) for a in sets], dtype=torch.double)
+        true = torch.tensor([y in a for a in sets])
+        losses.append(tau * (torch.logsumexp((value + without) / tau, 0) - torch.logsumexp(value[true] / tau, 0)))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_smooth_svm_is_the_sum_over_all_sets(scores, k, tau):
+    loss = peers.SmoothTopKSVM(k, tau, alpha=0.7)
+    torch.testing.assert_close(loss(scores, TARGET), over_all_sets(scores, TARGET, k, tau, 0.7), atol=1e-9, rtol=1e-9)
+    assert torch.autograd.gradcheck(lambda s: loss(s, TARGET), scores)
+
+
+@pytest.mark.parametrize("length", [37, 300])
+def test_smooth_svm_is_its_authors(length):
+    smooth = pytest.importorskip("difftopk.smooth_topk", reason="their code travels with difftopk")
+    generator = torch.Generator().manual_seed(length)
+    scores = 5 * torch.randn(8, length, generator=generator)
+    target = torch.randint(length, (8,), generator=generator)
+    theirs = smooth.Topk_Smooth_SVM(torch.arange(length), k=5, alpha=1.0, tau=1.0)(scores, target).mean()
+    torch.testing.assert_close(peers.SmoothTopKSVM(5, 1.0)(scores, target), theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["random", "equal", "one far above"])
+def test_lapsum_memberships_add_up_to_k(scores, k, kind):
+    z = {"random": 4 * scores.detach(), "equal": torch.zeros(3, 9), "one far above": torch.eye(9)[:3] * 60}[
+        kind
+    ].double()
+    place = z - peers._LapSumThreshold.apply(z, k)
+    tail = 0.5 * torch.exp(-place.abs())
+    membership = torch.where(place > 0, 1 - tail, tail)
+    torch.testing.assert_close(membership.sum(1), torch.full((3,), float(k), dtype=torch.double))
+    for y in (0, 4):
+        target = torch.full((3,), y)
+        loss = peers.LapSumTopKLoss(k, alpha=0.5)(0.5 * z, target)
+        torch.testing.assert_close(loss, -membership[:, y].log().mean())
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_lapsum_gradient(scores, k):
+    assert torch.autograd.gradcheck(lambda s: peers.LapSumTopKLoss(k, 0.5)(s, TARGET), scores)
+
+
+@pytest.mark.parametrize("loss", [peers.SmoothTopKSVM, peers.LapSumTopKLoss])
+@pytest.mark.parametrize("k", [0, 9])
+def test_k_must_leave_a_class(scores, loss, k):
+    with pytest.raises(ValueError, match=rf"\[1, L - 1\] = \[1, 8\], got {k}"):
+        loss(k)(scores, TARGET)
+
+
+def test_focal(scores):
+    p = scores.softmax(1).gather(1, TARGET[:, None])[:, 0]
+    torch.testing.assert_close(peers.FocalLoss(0.0)(scores, TARGET), F.cross_entropy(scores, TARGET))
+    torch.testing.assert_close(peers.FocalLoss(2.0)(scores, TARGET), -((1 - p) ** 2 * p.log()).mean())
+
+
+def test_ldam_takes_the_margin_from_the_true_class_alone(scores):
+    loss = peers.LDAMLoss([16, 1, 1, 1, 81, 1, 1, 1, 1], max_m=0.6, s=10.0)
+    margins = torch.tensor([0.3, 0.2, 0.6])  # of the classes 0, 4 and 8
+    shifted = 10 * scores.detach().clone()
+    shifted[range(3), TARGET] -= 10 * margins
+    torch.testing.assert_close(loss(scores, TARGET), F.cross_entropy(shifted, TARGET), check_dtype=False)
+
+
+def test_logit_adjustment_is_by_log_frequencies(scores):
+    count = torch.arange(1.0, 10.0)
+    loss = peers.LogitAdjustedCrossEntropy(count.int().tolist(), tau=2.0)
+    expected = F.cross_entropy(scores + 2 * (count / 45).log(), TARGET)
+    torch.testing.assert_close(loss(scores, TARGET), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if "compiled" not in name and name != "Liger"])
+@pytest.mark.parametrize("k", [1, 5])
+def test_peers_run(name, k):
+    case, peer = Case(6, 50, k=k), PEERS[name]
+    assert peer.fits(case, "cpu") is None and peer.compared
+    scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    peer.make(case)(scores, torch.arange(6)).backward()
+    assert scores.grad.isfinite().all() and scores.grad.abs().sum() > 0
+
+
+def test_peers_that_do_not_fit_say_why():
+    assert "pytopk" not in PEERS["topk_fast"].compared
+    assert "too many" in PEERS["pytopk"].fits(Case(64, 1_000_000, n_sample=20), "cpu")
+    assert "GiB" in PEERS["smooth top-K SVM"].fits(Case(64, 1_000_000, k=20), "cpu")
+    assert "cuda alone" in PEERS["Liger"].fits(Case(2, 10), "cpu")

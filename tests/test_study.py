@@ -1,0 +1,146 @@
+"""Contract under test: the study trains what its configuration says, measures what it names, and resumes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for needed in ("torchmetrics", "matplotlib", "fontTools", "PIL", "tqdm", "pytopk"):
+    pytest.importorskip(needed, reason=f"the study needs {needed}, which the package itself does not")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import study  # noqa: E402
+import study_data  # noqa: E402
+
+CONFIG = json.loads((ROOT / "examples" / "study.json").read_text())
+
+
+@pytest.fixture
+def tiny():
+    """Twelve clusters in 8 dimensions: 2, 6 or 20 training rows of a class."""
+    generator = torch.Generator().manual_seed(0)
+    centre = 3 * torch.randn(12, 8, generator=generator)
+    count = torch.tensor([2, 6, 20]).repeat(4)
+    parts, inputs, start = {}, [], 0
+    for part, target in (
+        ("train", torch.arange(12).repeat_interleave(count)),
+        ("val", torch.arange(12).repeat(3)),
+        ("test", torch.arange(12).repeat(5)),
+    ):
+        inputs.append(centre[target] + torch.randn(len(target), 8, generator=generator))
+        parts[part] = torch.arange(start, start + len(target)), target
+        start += len(target)
+    return study_data.Data("species", 12, torch.cat(inputs), parts)
+
+
+SETTINGS = {
+    "cross-entropy": {},
+    "focal": {"gamma": 1.0},
+    "LDAM": {"max_m": 0.2, "s": 10.0},
+    "logit-adjusted": {"tau": 1.0},
+    "smooth top-K SVM": {"tau": 1.0},
+    study.BALANCED: {"epsilon": 0.5},
+    study.IMBALANCED: {"epsilon": 0.05, "max_m": 0.2},
+}
+
+
+@pytest.mark.parametrize("loss", SETTINGS)
+def test_a_run_learns_and_is_measured(monkeypatch, tiny, loss):
+    monkeypatch.setattr(study, "data_set", lambda name, cache: tiny)
+    settings = SETTINGS[loss] | {"lr": 1e-2, "weight_decay": 1e-3, "k": 2, "n_sample": 5}
+    job = {"stage": "test", "data": "species", "loss": loss, "settings": settings, "seed": 1, "epochs": 60, "batch": 32}
+    record = study.run(job, None)
+    assert record["top-5"] > 0.8  # by chance 5 / 12
+    assert record["top-1"] <= record["top-5"] <= record["top-10"] <= record["top-20"] == 1
+    assert study.run(job, None) | {"seconds an epoch": 0} == record | {"seconds an epoch": 0}  # a seed fixes a run
+    assert set(record) >= {"macro top-1", "macro top-5", "few", "medium", "many", "seconds an epoch"}
+
+
+def test_measure_counts_by_rows_by_classes_and_by_shots():
+    inputs = torch.eye(8)[:, :8] * 2 + torch.linspace(1, 0, 8)  # class 0 scores high everywhere
+    train = torch.tensor([0] * 20 + [1] * 5 + [2])
+    test = torch.tensor([0, 0, 0, 1, 2])
+    data = study_data.Data("x", 8, inputs, {"train": (train, train)})
+    model = torch.nn.Identity()
+    wrong = torch.tensor([0, 0, 7, 1, 7])  # inputs of the test rows: two are another class's
+    result = study.measure(model, data, wrong, test)
+    assert result["top-1"] == pytest.approx(3 / 5)
+    assert result["macro top-1"] == pytest.approx((2 / 3 + 1 + 0) / 3, abs=1e-5)
+    assert result["few"] == 1.0 and result["many"] == 1.0 and result["medium"] == 1.0
+    assert study.measure(model, data, wrong[:3], test[:3])["few"] is None  # no such row
+
+
+def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
+    first = study.jobs(CONFIG, "species", [])
+    assert len(first) == len(CONFIG["losses"]) * CONFIG["data"]["species"]["trials"]
+    assert {job["stage"] for job in first} == {"trial"}
+    done = [job | {CONFIG["criterion"]: place / 1000} for place, job in enumerate(first)]
+    assert study.jobs(CONFIG, "species", done[:3]) == first[3:]
+    second = study.jobs(CONFIG, "species", done)
+    tests = [job for job in second if job["stage"] == "test"]
+    assert len(tests) == len(CONFIG["losses"]) * len(CONFIG["seeds"])
+    for job in tests:  # the last trial of a loss is its best here
+        assert job["settings"] == [t for t in first if t["loss"] == job["loss"]][-1]["settings"]
+    ablations = [job for job in second if job["stage"] == "ablation of epsilon"]
+    assert {job["settings"]["epsilon"] for job in ablations if job["loss"] == study.BALANCED} == set(
+        CONFIG["ablations"][study.BALANCED]["epsilon"]
+    )
+    assert study.jobs(CONFIG, "species", done + second) == []
+    assert all(job["stage"] == "trial" for job in study.jobs(CONFIG, "glyphs", done))
+
+
+def test_settings_are_drawn_inside_their_ranges_and_again_the_same():
+    space = CONFIG["optimizer"] | CONFIG["losses"]["LDAM"]
+    drawn = study.draw(space, 8, 0)
+    assert drawn == study.draw(space, 8, 0) and drawn[:5] == study.draw(space, 5, 0)
+    assert all(space[key][0] <= value <= space[key][1] for point in drawn for key, value in point.items())
+
+
+def test_a_line_that_was_cut_off_is_run_again(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert study.records(tmp_path) == [{"a": 1}, {"a": 2}]
+
+
+def test_all_losses_get_the_same_optimizer_range_and_number_of_trials():
+    for data in CONFIG["data"]:
+        jobs = study.jobs(CONFIG, data, [])
+        per_loss = [[j["settings"] for j in jobs if j["loss"] == loss] for loss in CONFIG["losses"]]
+        assert len({len(trials) for trials in per_loss}) == 1
+        assert all({"lr", "weight_decay"} <= set(s) for trials in per_loss for s in trials)
+
+
+def test_wrong_labels_stay_in_their_group():
+    label = torch.arange(52).repeat(400)
+    noisy = study_data.wrong_labels(label, 52)
+    assert (noisy // study_data.GROUP == label // study_data.GROUP).all()
+    share = float((noisy != label)[label < 50].float().mean())  # a label drawn anew may be the old one
+    assert share == pytest.approx(study_data.WRONG * (1 - 1 / study_data.GROUP), abs=0.02)
+
+
+def test_the_tail_falls_from_all_images_to_one():
+    classes, most = 100, study_data.FONTS["train"] * study_data.VARIANTS
+    label = torch.arange(classes).repeat_interleave(study_data.FONTS["train"]).repeat(study_data.VARIANTS)
+    count = label[study_data._kept("long-tailed glyphs", label, classes)].bincount(minlength=classes)
+    assert count.max() == most and count.min() == 1
+    expected = (most ** (1 - torch.arange(classes) / (classes - 1))).round()
+    assert torch.equal(count.sort(descending=True).values, expected.long())
+    kept = study_data._kept("glyphs", label, classes)
+    assert (label[kept].bincount() == study_data.FONTS["train"]).all()
+
+
+def test_distortions_move_ink_but_keep_it():
+    image = torch.zeros(50, 1, 28, 28)
+    image[:, :, 12:16, 8:20] = 1
+    moved = study_data.distort(image, 0)
+    assert not torch.equal(moved, image) and torch.equal(moved, study_data.distort(image, 0))
+    assert not torch.equal(moved[0], moved[1])
+    ink = moved.sum((1, 2, 3)) / image.sum((1, 2, 3))
+    assert (ink > 0.7).all() and (ink < 1.4).all()  # a scale of 0.9 to 1.1, twice
+
+
+def test_unknown_data_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="data must be one of"):
+        study_data.load("digits", tmp_path)
