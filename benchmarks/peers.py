@@ -29,7 +29,9 @@ class FocalLoss(nn.Module):
 
     def forward(self, scores: Tensor, target: Tensor) -> Tensor:
         entropy = F.cross_entropy(scores, target, reduction="none")
-        return (-torch.expm1(-entropy)).pow(self.gamma).mul(entropy).mean()
+        # Above 0, for the power of a gamma below 1 has an infinite slope there, times an entropy of 0.
+        missing = (-torch.expm1(-entropy)).clamp_min(torch.finfo(entropy.dtype).tiny)  # 1 - p_y
+        return missing.pow(self.gamma).mul(entropy).mean()
 
 
 class LDAMLoss(nn.Module):

@@ -88,6 +88,12 @@ def test_focal(scores):
     torch.testing.assert_close(peers.FocalLoss(2.0)(scores, TARGET), -((1 - p) ** 2 * p.log()).mean())
 
 
+def test_focal_learns_nothing_from_a_row_that_is_certain():
+    scores = torch.tensor([[200.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    peers.FocalLoss(0.5)(scores, torch.zeros(2, dtype=torch.long)).backward()
+    assert (scores.grad[0] == 0).all() and scores.grad[1].isfinite().all() and scores.grad[1, 0] < 0
+
+
 def test_ldam_takes_the_margin_from_the_true_class_alone(scores):
     loss = peers.LDAMLoss([16, 1, 1, 1, 81, 1, 1, 1, 1], max_m=0.6, s=10.0)
     margins = torch.tensor([0.3, 0.2, 0.6])  # of the classes 0, 4 and 8

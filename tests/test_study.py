@@ -73,6 +73,12 @@ def test_measure_counts_by_rows_by_classes_and_by_shots():
     assert study.measure(model, data, wrong[:3], test[:3])["few"] is None  # no such row
 
 
+def test_a_diverged_model_has_no_hits():
+    train = torch.arange(8)
+    data = study_data.Data("x", 8, torch.full((8, 8), torch.nan), {"train": (train, train)})
+    assert study.measure(torch.nn.Identity(), data, train, train)["top-5"] == 0
+
+
 def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     first = study.jobs(CONFIG, "species", [])
     assert len(first) == len(CONFIG["losses"]) * CONFIG["data"]["species"]["trials"]
