@@ -1,6 +1,6 @@
 # The set-up of everything: each target makes .venv, installs the pinned requirements and builds the C++ kernels in
 # place. Where python3 has torch >= 2.11 already (a GPU machine without network) it is used as it is.
-.PHONY: help build test demo bench lint format gpu clean
+.PHONY: help build test demo bench bench-full tables lint format gpu clean
 
 HAS_TORCH := $(shell python3 -c "from importlib.metadata import version as v; \
 	print(tuple(map(int, v('torch').split('+')[0].split('.')[:2])) >= (2, 11))" 2>/dev/null)
@@ -16,11 +16,14 @@ export PYTHONPATH := $(CURDIR)
 SHELL := /bin/bash
 
 help:
-	@echo "make test | demo | bench | gpu | lint | format | build | clean"
+	@echo "make test | demo | bench | bench-full | tables | gpu | lint | format | build | clean"
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	# Apart, for the test of timm's snippet alone: its torchvision, beside a CPU build of torch, breaks others' imports.
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/timm \
+	  timm==1.0.31 torchvision==0.28.0
 	touch $@
 
 build: $(ENVIRONMENT)
@@ -32,9 +35,23 @@ test: build
 demo: build
 	$(PYTHON) examples/demo.py $(ARGS)
 
+# A look in two minutes: micro-benchmarks and the goals; prints only. bench-full writes benchmarks/results (half an hour).
 bench: build
-	$(PYTHON) benchmarks/cpu.py $(ARGS)
-	$(PYTHON) benchmarks/linear.py $(ARGS)
+	$(PYTHON) -m pytest benchmarks/test_micro.py --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+	$(PYTHON) benchmarks/loss.py $(ARGS)
+
+bench-full: build data/species_logits.pt
+	$(PYTHON) benchmarks/loss.py --set full $(ARGS)
+	$(PYTHON) benchmarks/linear.py
+	$(PYTHON) benchmarks/gradient.py
+	$(MAKE) tables
+
+# Every table and plot of README and docs, from the JSON in benchmarks/results.
+tables: build
+	$(PYTHON) benchmarks/tables.py
+
+data/species_logits.pt: | build
+	$(PYTHON) examples/all_species.py --losses cross-entropy --save-logits $@
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
@@ -57,11 +74,11 @@ gpu: build
 	  $(PYTHON) -m pytest tests/test_triton.py tests/test_cuda.py \
 	  -k "(layout or across_blocks or ignored or list_holds or kinds) and not order" \
 	  > $(OUT)/$$tool.log 2>&1 || exit 9; done
-	OUT=$(OUT) $(PYTHON) benchmarks/gpu.py $(ARGS) 2>&1 | tee $(OUT)/benchmark.log; test $${PIPESTATUS[0]} -eq 0
+	OUT=$(OUT) $(PYTHON) benchmarks/loss.py --device cuda --set full $(ARGS) 2>&1 | tee $(OUT)/benchmark.log; test $${PIPESTATUS[0]} -eq 0
 	# The share of the DRAM's peak, where a profiler is allowed to count.
 	ncu --csv --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed -k "regex:search_kernel|gradient_kernel" \
-	  $(PYTHON) benchmarks/gpu.py --once > $(OUT)/ncu.csv 2>&1 || echo "no profile: $$(tail -1 $(OUT)/ncu.csv)"
-	OUT=$(OUT) $(PYTHON) benchmarks/linear.py $(ARGS) 2>&1 | tee $(OUT)/linear.log; test $${PIPESTATUS[0]} -eq 0
+	  $(PYTHON) benchmarks/loss.py --device cuda --once > $(OUT)/ncu.csv 2>&1 || echo "no profile: $$(tail -1 $(OUT)/ncu.csv)"
+	OUT=$(OUT) $(PYTHON) benchmarks/linear.py 2>&1 | tee $(OUT)/linear.log; test $${PIPESTATUS[0]} -eq 0
 
 clean:
 	rm -rf build .venv topk_fast/*.so *.egg-info

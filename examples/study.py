@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import study_data
 from evaluation import ranks
-from report import environment
 from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NormedLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
+import harness  # noqa: E402
 from peers import FocalLoss, LDAMLoss, LogitAdjustedCrossEntropy, SmoothTopKSVM  # noqa: E402
 
 BALANCED, IMBALANCED = "balanced noised top-K", "imbalanced noised top-K"
@@ -187,9 +187,11 @@ def collect(config: dict, folder: Path, cache: Path, path: Path) -> None:
     for name in {r["data"] for r in found}:
         data = study_data.load(name, cache)
         rows = {part: len(target) for part, (_, target) in data.parts.items()}
-        described[name] = {"classes": data.classes, "rows": rows, "most": int(data.count().max())}
+        least, most = data.count().aminmax()
+        described[name] = {"classes": data.classes, "rows": rows, "least": int(least), "most": int(most)}
     left = sum(len(jobs(config, name, found)) for name in config["data"])
-    head = environment() | {"threads": 1, "config": config, "data": described, "missing_runs": left}
+    head = {"environment": harness.environment("cpu") | {"threads": 1}, "config": config, "data": described}
+    head |= {"missing_runs": left}
     lines = ",\n".join("  " + json.dumps(record) for record in found)
     path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{lines}\n ]\n}}\n')
     print(f"{len(found)} runs, {left} missing: {path}")

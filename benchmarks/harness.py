@@ -1,0 +1,230 @@
+"""What the benchmarks share: the machine's description, scores, the gate, clocks, results as JSON.
+
+The gate comes before any timing: equal bits on all backends, pytopk's mean loss, finite peers; where it does not hold,
+SystemExit. Then candidates run in turn, so that a drift of the machine meets them all alike; medians with quartiles.
+CPU: process CPU time of one thread. GPU: events, the L2 cache emptied before each step.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import topk_fast
+from memory import attempt
+from topk_fast.functional import bal_noised_topk_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SPECIES = ROOT / "data" / "species_logits.pt"
+SPECIES_COMMAND = "python examples/all_species.py --losses cross-entropy --save-logits data/species_logits.pt"
+PACKAGES = ("pytopk", "entmax", "difftopk", "liger_kernel", "cut_cross_entropy")
+PEAKS = 8  # large scores in a "spiky" row, the true class's among them
+FEWEST = 3  # samples of every candidate, however long a step takes
+BRIEF = 0.1  # seconds; in a shorter step the traces of the candidate before count, and a loop need not be longer
+DRAWS = 8  # means of the loss that are compared with pytopk's
+
+
+def environment(device: str) -> dict:
+    """Hardware, threads, versions, commit (or $COMMIT), date and command: what a result is worth nothing without."""
+
+    def said(command: str) -> str:
+        return subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    out = {"cpu": cpu.group(1) if cpu else platform.machine(), "threads": torch.get_num_threads()}
+    if device == "cuda":
+        out |= {"device": torch.cuda.get_device_name(), "cuda_version": torch.version.cuda}
+        out["driver"] = said("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+    return out | {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES if find_spec(name)},
+        "topk_fast": topk_fast.__version__,
+        **topk_fast.build_info(),
+        "commit": os.environ.get("COMMIT") or said("git describe --always --dirty"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": "python " + " ".join(sys.argv),
+    }
+
+
+def scores_of(kind: str, n: int, length: int, dtype: str, device: str) -> tuple[Tensor, Tensor]:
+    """Scores [n, length], a leaf that wants a gradient, and a target [n]; the same in every call.
+
+    kind: "normal", N(0, 1); "flat", all equal, as a layer that starts at zero has them; "spiky", N(0, 0.1) but for
+    PEAKS scores of 3 to 6 a row, one of them the true class's; "species", logits of a model of examples/all_species.py.
+
+    Raises: ValueError for another kind or a length that is not the file's; FileNotFoundError without the file.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    common = dict(dtype=getattr(torch, dtype), device=device)
+    if kind == "species":
+        if not SPECIES.exists():
+            raise FileNotFoundError(f"{SPECIES} is missing; make it with: {SPECIES_COMMAND}")
+        saved = torch.load(SPECIES, weights_only=True)
+        rows, columns = saved["logits"].shape
+        if length != columns or n > rows:
+            raise ValueError(f"{SPECIES} has {rows} rows of {columns} classes, asked for {n} of {length}")
+        return saved["logits"][:n].to(**common).requires_grad_(), saved["target"][:n].to(device)
+    if kind not in ("normal", "flat", "spiky"):
+        raise ValueError(f"kind must be 'normal', 'flat', 'spiky' or 'species', got {kind!r}")
+    scores = torch.randn(n, length, generator=generator, **common)
+    target = torch.randint(length, (n,), generator=generator, device=device)
+    if kind == "flat":
+        scores.zero_()
+    if kind == "spiky":
+        at = torch.randint(length, (n, PEAKS), generator=generator, device=device)
+        at[:, 0] = target
+        peaks = 3 + 3 * torch.rand(n, PEAKS, generator=generator, **common)
+        scores.mul_(0.1).scatter_(1, at, peaks)
+    return scores.requires_grad_(), target
+
+
+def step(loss: Callable, scores: Tensor, target: Tensor) -> Tensor:
+    """Forward and backward, the gradient anew."""
+    scores.grad = None
+    value = loss(scores, target)
+    value.backward()
+    return value
+
+
+def ours(device: str) -> list[str]:
+    """Our backends that are worth a time there: not the reference where there is another, no interpreter."""
+    names = topk_fast.available_backends(device)
+    return [name for name in names if name != "torch" and (device, name) != ("cpu", "triton")] or ["torch"]
+
+
+def gate(losses: dict[str, Callable], scores: Tensor, target: Tensor, k: int, n_sample: int, epsilon: float) -> dict:
+    """SystemExit unless all is right; returns why some losses cannot be tried, by name.
+
+    Equal bits: losses and gradients of every backend and the reference, in the first rows (all, where the reference is
+    quick). Finite: each loss and its gradient, in one step, which also warms up and compiles. Mean: pytopk's, if it is
+    there, and ours within 5 standard errors, in rows that it takes no minutes for.
+    """
+    some = 2**18 // scores.shape[1]
+    few, fewer = slice(max(8, some)), slice(max(2, some))
+    _check_equality(scores.detach()[few], target[few], k, n_sample, epsilon)
+    left_out = {}
+    for name, loss in losses.items():
+        value, reason = attempt(step, loss, scores, target)
+        if reason:
+            left_out[name] = reason
+        elif not (value.isfinite() and scores.grad.isfinite().all()):
+            raise SystemExit(f"{name} has a loss or gradient that is not finite: nothing was timed")
+    scores.grad = None
+    if "pytopk" in losses and "pytopk" not in left_out:
+        loss = topk_fast.BalNoisedTopK(k, epsilon, n_sample)
+        _check_mean(losses["pytopk"], loss, scores.detach()[fewer], target[fewer])
+    return left_out
+
+
+def _check_equality(scores, target, k, n_sample, epsilon):
+    device, results = scores.device.type, {}
+    for place, backend in [("cpu", "torch"), *(("cpu", b) for b in ours("cpu")), *((device, b) for b in ours(device))]:
+        leaf = scores.to(place, copy=True).requires_grad_()
+        value = bal_noised_topk_loss(
+            leaf, target.to(place), k, epsilon, n_sample, seed=1, reduction="none", backend=backend
+        )
+        value.sum().backward()
+        results[place, backend] = value.detach().cpu(), leaf.grad.cpu()
+    for backend, result in results.items():
+        if not all(torch.equal(a, b) for a, b in zip(result, results["cpu", "torch"])):
+            case = (list(scores.shape), scores.dtype, k, n_sample, epsilon)
+            raise SystemExit(f"{backend} and the reference differ at {case}: nothing was timed")
+
+
+def _check_mean(pytopk, loss, scores, target):
+    torch.manual_seed(0)
+    theirs, own = (torch.stack([f(scores, target) for _ in range(DRAWS)]).double() for f in (pytopk, loss))
+    error = ((theirs.var() + own.var()) / DRAWS).sqrt() + 1e-6 * theirs.mean().abs()  # float32 sums round
+    if not (theirs.mean() - own.mean()).abs() <= 5 * error:
+        raise SystemExit(f"mean losses {own.mean():.5f} and pytopk's {theirs.mean():.5f} differ: nothing was timed")
+
+
+@lru_cache
+def larger_than_the_cache() -> Tensor:
+    return torch.empty(2**28, dtype=torch.int8, device="cuda")
+
+
+def timed(passes: list[Callable], device: str, inner: int = 1, clock=time.process_time) -> list[float]:
+    """Milliseconds of each of some functions, one after the other; ``inner``: mean of so many runs in a row."""
+    if device == "cuda":
+        larger_than_the_cache().zero_()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(passes) + 1)]
+        events[0].record()
+        for run, event in zip(passes, events[1:]):
+            run()
+            event.record()
+        events[-1].synchronize()
+        return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
+    stamps = [clock()]
+    for run in passes:
+        for _ in range(inner):
+            run()
+        stamps.append(clock())
+    return [1e3 * (b - a) / inner for a, b in zip(stamps, stamps[1:])]
+
+
+def interleaved(
+    candidates: dict[str, list[Callable]], device: str, repeats: int, seconds=math.inf, case_seconds=math.inf,
+    clock=time.process_time,
+) -> tuple[dict[str, list[list[float]]], dict[str, str]]:  # fmt: skip
+    """Samples of candidates in turn, each the milliseconds of its passes; and why some are left out. All have run before.
+
+    On CPU a sample of a brief step follows an untimed one (allocator, caches and branch predictors get over the candidate
+    before) and repeats it up to 200 times, against the clock's grain; passes that need each other run once. ``seconds``
+    is what a candidate may take, ``case_seconds`` (of the wall clock) all together; FEWEST samples are taken in any case.
+    """
+    samples, plans, left_out = {}, {}, {}
+    for name, passes in candidates.items():
+        ms, reason = attempt(timed, passes, device, 1, clock)
+        if reason:
+            left_out[name] = reason
+            continue
+        took = max(sum(ms) / 1e3, 1e-9)
+        inner = min(200, min(BRIEF, seconds / repeats) / took) if device == "cpu" and len(passes) == 1 else 1
+        plans[name] = max(FEWEST, min(repeats, seconds / took)), max(1, int(inner)), device == "cpu" and took < BRIEF
+        samples[name] = []
+    start, turn = time.monotonic(), 0
+    while turn < repeats and (turn < FEWEST or time.monotonic() - start < case_seconds):
+        turn += 1
+        for name, (turns, inner, again) in plans.items():
+            if turn <= turns:
+                if again:
+                    timed(candidates[name], device, 1, clock)
+                samples[name].append(timed(candidates[name], device, inner, clock))
+    return samples, left_out
+
+
+def quartiles(values: list[float]) -> dict:
+    """Lower quartile, median, upper quartile, and of how many."""
+    return dict(zip(("lower", "median", "upper"), statistics.quantiles(values, n=4))) | {"repeats": len(values)}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 2 GiB on the GPU."""
+    x = torch.empty(2**29, device="cuda")
+    y = torch.empty_like(x)
+    times = [timed([lambda: y.copy_(x)], "cuda")[0] for _ in range(23)]
+    return 2 * x.numel() * 4 / (statistics.median(times[3:]) * 1e-3)
+
+
+def write(path: Path, report: dict):
+    """The report as JSON, whole or not at all; called after each case, so that what is measured stays if time runs out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(path)

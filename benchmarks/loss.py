@@ -1,0 +1,225 @@
+"""Forward + backward of the balanced loss against cross-entropy, pytopk and the other losses of peers.py.
+
+What is timed, how, and what is checked before: harness.py. On a GPU also the share of the copy bandwidth measured in the
+same run: scores read once and gradients written once, over the time of a step.
+
+    python benchmarks/loss.py                                # a few cases, in a minute; prints only
+    python benchmarks/loss.py --set full                     # all cases; writes results/cpu.json
+    python benchmarks/loss.py --set full --device cuda       # writes $OUT/gpu.json (out/ by default)
+    ncu ... python benchmarks/loss.py --device cuda --once   # a step of each shape, for a profiler
+"""
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import harness
+import memory
+import topk_fast
+from peers import PEERS, Case, Peer
+
+# Ratios that the design sets as goals, by L: to cross-entropy at n_sample 5, to pytopk at n_sample 10.
+GOALS = {100: (4, 1 / 8), 1000: (1.5, 1 / 40), 10_000: (0.6, 1 / 150), 100_000: (0.3, 1 / 300)}
+GOAL_SHAPES = [(128, 100), (128, 1000), (64, 10_000), (32, 100_000)]
+# N * L of 2**21 to 2**22, as far as a batch of at most 128 rows goes.
+LENGTHS = [(128, length) for length in (100, 316, 1000, 3162, 10_000, 31_623)]
+LENGTHS += [(32, 100_000), (8, 316_228), (4, 1_000_000)]
+SPECIES = (64, 24_271)
+# N * L of about 2**28, and the small batches where launches count.
+GPU_SHAPES = [
+    (1024, 1000), (1024, 10_000), (262_144, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072), (268, 1_000_000),
+]  # fmt: skip
+GPU_VARIANTS = [
+    ("length", {}),
+    *(("samples", {"n_sample": b}) for b in (5, 32)),
+    *(("k", {"k": k}) for k in (1, 20)),
+    *(("epsilon", {"epsilon": epsilon}) for epsilon in (0.1, 5.0)),
+    ("scores", {"scores": "flat"}),
+]
+GPU_PEERS = ("cross-entropy", "cross-entropy compiled", "Liger", "pytopk")
+BASIC = ("topk_fast", "cross-entropy", "pytopk")
+# Beside BASIC, those whose memory grows otherwise with L than their scores.
+HEAVY = (*BASIC, "smooth top-K SVM", "LapSum")
+ALL = tuple(PEERS)
+# Left out of peak memory on CPU: compiling takes more than the step.
+NO_MEMORY = ("cross-entropy compiled",)
+
+
+class Entry(NamedTuple):
+    """A case, the table or curve it belongs to, the losses that are timed and those whose peak memory is measured."""
+
+    group: str
+    case: Case
+    names: tuple[str, ...]
+    memory: tuple[str, ...] = ()
+
+
+def entries(which: str, device: str) -> list[Entry]:
+    """The cases of a set, "quick" or "full"."""
+    if device == "cuda":
+        names = (*harness.ours("cuda"), *GPU_PEERS)
+        return [
+            Entry(group, Case(n, length, dtype=dtype, **variant), names, names)
+            for group, variant in (GPU_VARIANTS[:1] if which == "quick" else GPU_VARIANTS)
+            for n, length in GPU_SHAPES
+            for dtype in ("float32", "bfloat16")
+        ]
+    if which == "quick":
+        goals = [Entry("goals", Case(n, length, n_sample=5), BASIC) for n, length in GOAL_SHAPES]
+        return [*goals, Entry("peers", Case(128, 1000), ALL, HEAVY)]
+    goals = [
+        Entry("goals", Case(n, length, n_sample=b, epsilon=epsilon), BASIC)
+        for n, length in GOAL_SHAPES
+        for b in (5, 10)
+        for epsilon in (1.0, 0.2)
+    ]
+    lengths = [Entry("length", Case(n, length), ALL, HEAVY if length >= 1000 else ()) for n, length in LENGTHS]
+    samples = [Entry("samples", Case(64, 10_000, n_sample=b), BASIC) for b in (1, 2, 5, 10, 20, 50, 100)]
+    ranks = [
+        Entry(
+            "k", Case(64, 10_000, k=k), tuple(n for n in HEAVY if n != "cross-entropy" and (k <= 20 or "SVM" not in n))
+        )
+        for k in (1, 3, 5, 10, 20, 50)
+    ]
+    kinds = [
+        Entry("scores", Case(*SPECIES, epsilon=epsilon, scores=kind), BASIC)
+        for kind in ("species", "normal", "flat", "spiky")
+        for epsilon in (1.0, 0.2)
+    ]
+    peers = [Entry("peers", Case(n, length), ALL, ALL) for n, length in ((128, 1000), (32, 100_000))]
+    narrow = [Entry("dtype", Case(64, 10_000, dtype="bfloat16"), BASIC[:2])]
+    return [*goals, *kinds, *peers, *lengths, *samples, *ranks, *narrow]
+
+
+def candidates(device: str) -> dict[str, Peer]:
+    """The losses by name; on a GPU each of our backends is one."""
+    if device == "cpu":
+        return PEERS
+
+    def on(backend: str) -> Peer:
+        def make(case: Case):
+            return topk_fast.BalNoisedTopK(case.k, case.epsilon, case.n_sample, backend=backend)
+
+        return Peer(backend, make, f"this package's balanced loss, backend {backend}")
+
+    return PEERS | {backend: on(backend) for backend in harness.ours(device)}
+
+
+def loss_of(name: str, case: Case, device: str):
+    loss = candidates(device)[name].make(case)
+    return loss.to(device) if isinstance(loss, torch.nn.Module) else loss
+
+
+def batch(case: Case, device: str):
+    return harness.scores_of(case.scores, case.N, case.L, case.dtype, device)
+
+
+def one_step(name: str, case: Case, device: str, small: bool):
+    """The step whose peak memory is measured."""
+    if small:
+        case = Case(2, 200, case.k, case.n_sample, case.epsilon, case.dtype)
+    return partial(harness.step, loss_of(name, case, device), *batch(case, device))
+
+
+def measure(entry: Entry, device: str, seconds: float) -> dict:
+    """The entry's part of the result."""
+    case, left_out, losses = entry.case, {}, {}
+    for name in entry.names:
+        if reason := candidates(device)[name].fits(case, device):
+            left_out[name] = reason
+        else:
+            losses[name] = loss_of(name, case, device)
+    scores, target = batch(case, device)
+    left_out |= harness.gate(losses, scores, target, case.k, case.n_sample, case.epsilon)
+    steps = {name: [partial(harness.step, f, scores, target)] for name, f in losses.items() if name not in left_out}
+    repeats = 200 if device == "cuda" else 15
+    samples, failed = harness.interleaved(steps, device, repeats, seconds, 10 * seconds)
+    del scores, steps
+    left_out |= failed
+    no_memory = NO_MEMORY if device == "cpu" else ()
+    return {
+        "group": entry.group,
+        **vars(case),
+        "ms": {name: harness.quartiles([ms for (ms,) in values]) for name, values in samples.items()},
+        "left_out": left_out,
+        "peak_bytes": {
+            name: memory.peak(one_step, name, case, device, device=device)
+            for name in entry.memory
+            if name in samples and name not in no_memory
+        },
+    }
+
+
+def line(result: dict) -> str:
+    """A result for the eye."""
+    ms = ", ".join(f"{name} {value['median']:.4g}" for name, value in result["ms"].items())
+    case = " ".join(f"{key}={result[key]}" for key in ("N", "L", "k", "n_sample", "epsilon", "dtype", "scores"))
+    peaks = ", ".join(f"{name} {value / 2**20:.1f}" for name, value in result["peak_bytes"].items())
+    text = f"{result['group']}: {case}\n  ms: {ms}" + (f"\n  peak MiB: {peaks}" if peaks else "")
+    if share := result.get("share_of_copy_bandwidth"):
+        text += "\n  share of copy bandwidth: " + ", ".join(f"{name} {value:.2f}" for name, value in share.items())
+    return text + "".join(f"\n  {name} left out: {reason}" for name, reason in result["left_out"].items())
+
+
+def once(device: str):
+    """One step of our backends for each shape and dtype: what a profiler looks at."""
+    for n, length in GPU_SHAPES if device == "cuda" else GOAL_SHAPES:
+        for dtype in ("float32", "bfloat16"):
+            case = Case(n, length, dtype=dtype)
+            scores, target = batch(case, device)
+            for name in harness.ours(device):
+                harness.step(topk_fast.BalNoisedTopK(case.k, case.epsilon, case.n_sample, backend=name), scores, target)
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", choices=["quick", "full"], default="quick", help="few cases, or all; default quick")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help=f"only these: {', '.join(ALL)}")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--once", action="store_true", help="one step of our backends a shape; no figures")
+    parser.add_argument("--seconds", type=float, help="for each loss in a case, warm-up aside; default 0.7, quick 0.3")
+    parser.add_argument("--out", type=Path, help="where the JSON goes; the quick set on CPU writes none by default")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda needs a GPU that torch.cuda sees")
+    known = candidates(args.device)
+    if unknown := set(args.peers or ()) - set(known):
+        parser.error(f"unknown peers {sorted(unknown)}; there are {', '.join(known)}")
+    torch.set_num_threads(1)
+    if args.once:
+        return once(args.device)
+    todo = entries(args.set, args.device)
+    if any(entry.case.scores == "species" for entry in todo):
+        harness.scores_of("species", *SPECIES, "float32", args.device)  # a missing file is told now, not in the middle
+    path, report = args.out, {"environment": harness.environment(args.device), "goals": GOALS}
+    if args.device == "cuda":
+        path = path or Path(os.environ.get("OUT", harness.ROOT / "out")) / "gpu.json"
+        report["copy_bytes_per_second"] = harness.copy_bandwidth()
+    else:
+        memory.limit()
+        path = path or (harness.RESULTS / "cpu.json" if args.set == "full" else None)
+    report["cases"] = []
+    for entry in tqdm(todo, unit="case"):
+        if args.peers:
+            entry = entry._replace(names=tuple(name for name in entry.names if name in args.peers))
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        result = measure(entry, args.device, args.seconds or (0.3 if args.set == "quick" else 0.7))
+        if args.device == "cuda":
+            floor = 2 * entry.case.N * entry.case.L * getattr(torch, entry.case.dtype).itemsize
+            floor_ms = 1e3 * floor / report["copy_bytes_per_second"]
+            own = [name for name in harness.ours("cuda") if name in result["ms"]]
+            result["share_of_copy_bandwidth"] = {name: floor_ms / result["ms"][name]["median"] for name in own}
+        report["cases"].append(result)
+        if path is not None:
+            harness.write(path, report)
+        tqdm.write(line(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The plots of tables.py: SVG on a transparent ground, in greys and colours that are legible on light and on dark."""
+
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+from tables import BALANCED, IMBALANCED, NAMES, NOISED, digest, median, result, runs_of, spread  # noqa: E402
+
+GREY = "#808080"
+# Okabe and Ito's colours, those that are too dark or too pale for one of the grounds replaced; markers do without colour.
+COLOURS = ("#d55e00", "#3b8fd0", "#cc79a7", "#009e73", "#b8860b", "#7b68ee", "#56b4e9", "#8c6d5a")
+MARKERS = "osD^vP*X"
+STYLE = {
+    "font.size": 9,
+    "text.color": GREY,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.titlecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "lines.markersize": 4,
+    "lines.linewidth": 1.3,
+    "svg.hashsalt": "topk_fast",
+    "svg.fonttype": "none",
+}
+FIRST = ("topk_fast", "cross-entropy", "pytopk")  # what the eye is to find
+
+
+def look(names: list[str]) -> dict[str, dict]:
+    """A colour and a marker of each name, the same in all plots that show it."""
+    known = [*FIRST, *sorted(set(names) - set(FIRST))]
+    rounds = ("-", "--", ":")
+    return {
+        name: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": rounds[i // len(COLOURS)],
+            "linewidth": 2.4 if name == "topk_fast" else 1.3,
+            "zorder": 3 if name in FIRST else 2,
+        }
+        for i, name in enumerate(known)
+    }
+
+
+def curves(axes: Axes, group: str, key: str, measured=median, field: str = "ms") -> None:
+    """One line a loss over the cases of a group: what `measured` makes of a case, against `key`."""
+    cases = sorted((c for c in result("cpu")["cases"] if c["group"] == group), key=lambda c: c[key])
+    names = list(dict.fromkeys(name for c in cases for name in c.get(field, {})))
+    for name, style in look(names).items():
+        points = [(c[key], measured(c, name)) for c in cases if name in c.get(field, {})]
+        if points:
+            axes.plot(*zip(*points), label=name, **style)
+    axes.set(xscale="log", yscale="log")
+
+
+def legend(axes: Axes) -> None:
+    """Beside the axes, in the order of the lines' right ends."""
+    lines = sorted(axes.get_lines(), key=lambda line: -line.get_ydata()[-1])
+    axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+
+
+def time_length(figure) -> None:
+    axes = figure.subplots()
+    curves(axes, "length", "L", lambda c, name: median(c, name) / (c["N"] * c["L"]) * 1e6)
+    axes.set(xlabel="classes L", ylabel="ns a score, forward + backward")
+    legend(axes)
+
+
+def time_samples_rank(figure) -> None:
+    left, right = figure.subplots(1, 2, sharey=True)
+    curves(left, "samples", "n_sample")
+    curves(right, "k", "k")
+    left.set(xlabel="samples B", ylabel="ms, forward + backward")
+    right.set(xlabel="rank K")
+    case = next(c for c in result("cpu")["cases"] if c["group"] == "samples")
+    figure.suptitle(f"N, L = {case['N']}, {case['L']}", fontsize=9)
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+
+
+def memory_length(figure) -> None:
+    axes = figure.subplots()
+    curves(axes, "length", "L", lambda c, name: max(c["peak_bytes"][name], 1) / (4 * c["N"] * c["L"]), "peak_bytes")
+    axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set(xlabel="classes L", ylabel="peak extra memory, in units of the scores")
+    legend(axes)
+
+
+def study(figure) -> None:
+    report = result("study")
+    sets, losses = list(report["config"]["data"]), list(report["config"]["losses"])
+    for axes, data in zip(figure.subplots(1, len(sets), sharey=True), sets):
+        for place, loss in enumerate(reversed(losses)):
+            runs = runs_of(report, stage="test", data=data, loss=loss)
+            for shift, (metric, colour, marker) in enumerate(
+                (("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"))
+            ):
+                value, error = spread(runs, metric)
+                label = metric if place == 0 else None
+                at = place + 0.18 * (1 - shift)
+                axes.errorbar(
+                    value, at, xerr=error, color=colour, marker=marker, linestyle="none", capsize=2, label=label
+                )
+        axes.set_title(data, fontsize=9)
+        axes.set_xlabel("percent of test rows")
+        axes.set_yticks(range(len(losses)), list(reversed(losses)))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+
+
+def ablations(figure) -> None:
+    report = result("study")
+    keys = list(report["config"]["ablations"][IMBALANCED])
+    panels = figure.subplots(2, len(keys), sharey="row")
+    for row, loss in zip(panels, NOISED):
+        for axes, key in zip(row, keys):
+            values = report["config"]["ablations"][loss].get(key)
+            if values is None:
+                axes.set_axis_off()
+                continue
+            for metric, colour, marker in (
+                ("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"), ("few", COLOURS[2], "D"),
+            ):  # fmt: skip
+                found = [
+                    [
+                        r[metric]
+                        for r in runs_of(report, stage=f"ablation of {key}", loss=loss)
+                        if r["settings"][key] == v
+                    ]
+                    for v in values
+                ]
+                label = "few-shot top-5" if metric == "few" else metric
+                place = range(len(values))
+                axes.errorbar(
+                    place, [100 * mean(f) for f in found], [100 * stdev(f) for f in found],
+                    color=colour, marker=marker, capsize=2, label=label,
+                )  # fmt: skip
+            axes.set_xticks(place, [f"{v:g}" for v in values])
+            axes.set_xlabel(NAMES[key])
+        row[0].set_ylabel(f"{'balanced' if loss == BALANCED else 'imbalanced'}: percent")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+
+
+def gradient(figure) -> None:
+    report = result("gradient")
+    left, right = figure.subplots(1, 2)
+    for name, colour, marker in zip(dict.fromkeys(q["row"] for q in report["quality"]), COLOURS, MARKERS):
+        points = [q for q in report["quality"] if q["row"] == name]
+        b = [q["n_sample"] for q in points]
+        a = points[0]["activation"]
+        left.plot(b, [q["variance"] for q in points], color=colour, marker=marker, label=f"variance, a = {a:.1f}")
+        seen = [(q["n_sample"], q["bias_squared"]) for q in points if q["bias_squared"] > 2 * q["bias_squared_error"]]
+        if seen:
+            left.plot(*zip(*seen), color=colour, marker=marker, linestyle=":", label=f"bias², a = {a:.1f}")
+    left.plot(b, [points[0]["unit_variance"] / x for x in b], color=GREY, linewidth=0.8, label="(1 - Σ p²) / B")
+    left.set(xscale="log", yscale="log", xlabel="samples B", ylabel="of one row's gradient")
+    left.legend(fontsize=8)
+    for shape, colour in zip(dict.fromkeys((s["N"], s["L"]) for s in report["second"]), COLOURS):
+        for loss, line, marker in (("topk_fast", "-", "o"), ("pytopk", ":", "D")):
+            points = [s for s in report["second"] if (s["N"], s["L"], s["loss"]) == (*shape, loss)]
+            right.plot(
+                [s["ms"]["median"] for s in points], [s["variance"] for s in points],
+                color=colour, linestyle=line, marker=marker, label=f"{loss}, N, L = {shape[0]}, {shape[1]}",
+            )  # fmt: skip
+    right.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="variance of a row's gradient")
+    right.legend(fontsize=7)
+
+
+# Each plot, the results it is made from, and its size in inches.
+PLOTS = {
+    "time_length": (time_length, ("cpu",), (7.5, 4.2)),
+    "time_samples_rank": (time_samples_rank, ("cpu",), (7.5, 3.6)),
+    "memory_length": (memory_length, ("cpu",), (7.5, 3.2)),
+    "study": (study, ("study",), (10, 3.8)),
+    "ablations": (ablations, ("study",), (10, 5.2)),
+    "gradient": (gradient, ("gradient",), (9, 3.8)),
+}
+
+
+def draw(name: str, path: Path) -> None:
+    """Make one plot; its description names the digest of its results."""
+    function, results, size = PLOTS[name]
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=size, layout="constrained")
+        function(figure)
+        metadata = {"Date": None, "Description": f"results {digest(*results)}", "Title": name}
+        figure.savefig(path, format="svg", transparent=True, metadata=metadata)
+        plt.close(figure)

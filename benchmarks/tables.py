@@ -1,0 +1,345 @@
+"""Every table and plot of README.md and docs/, from the committed JSON of benchmarks/results.
+
+A table stands between the marks ``<!-- NAME table -->`` and ``<!-- end -->`` of a page, a plot in docs/img. Each plot names
+in its metadata the digest of what it was made from, so that a test can tell a stale one.
+
+    python benchmarks/tables.py            # or: make tables
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "img"
+PAGES = ("README.md", "docs/choosing.md", "docs/study.md")
+PLAIN = "linear + cross-entropy"
+LINEAR_GOALS = {"time": 0.5, "memory": 0.25}  # to PLAIN, at L = 100 000
+BALANCED, IMBALANCED = "balanced noised top-K", "imbalanced noised top-K"
+NOISED = (BALANCED, IMBALANCED)
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def where(e: dict) -> str:
+    return f"{e['cpu']}, one thread, torch {e['torch']}, commit {e['commit']}, {e['date'][:10]}."
+
+
+def ms(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def median(case: dict, name: str) -> float:
+    return case["ms"][name]["median"]
+
+
+def goals_table() -> str:
+    """Times beside the goals that the design sets."""
+    report = result("cpu")
+    rows = []
+    for c in (c for c in report["cases"] if c["group"] == "goals"):
+        ours, plain, theirs = (median(c, name) for name in ("topk_fast", "cross-entropy", "pytopk"))
+        to_plain, to_pytopk = report["goals"][str(c["L"])]
+        goal = f" ({to_plain:g})" if c["n_sample"] == 5 else ""
+        other_goal = f" (1/{1 / to_pytopk:.0f})" if c["n_sample"] == 10 else ""
+        shape = [f"{c['N']}, {c['L']}", str(c["n_sample"]), f"{c['epsilon']:g}"]
+        times = [f"{ms(t)} ms" for t in (ours, plain, theirs)]
+        rows.append([*shape, *times, f"{ours / plain:.2f}{goal}", f"1/{theirs / ours:.0f}{other_goal}"])
+    head = [
+        "N, L",
+        "B",
+        "epsilon",
+        "topk_fast",
+        "cross-entropy",
+        "pytopk",
+        "to cross-entropy (goal)",
+        "to pytopk (goal)",
+    ]
+    return grid(head, rows) + "\n\n" + where(report["environment"])
+
+
+def peers_table() -> str:
+    """Every peer at two shapes: time, its ratio to cross-entropy, peak memory in units of the scores."""
+    from peers import PEERS  # needs the packages of the peers, which no other table does
+
+    report = result("cpu")
+    cases = [c for c in report["cases"] if c["group"] == "peers"]
+    names = sorted(
+        {n for c in cases for n in c["ms"]}, key=lambda n: median(cases[-1], n) if n in cases[-1]["ms"] else 0
+    )
+    rows = []
+    for name in names:
+        row = [f"**{name}**" if name.startswith("topk_fast") else name]
+        for c in cases:
+            if name not in c["ms"]:
+                row += ["-", "-"]
+                continue
+            peak = c["peak_bytes"].get(name)
+            ratio = median(c, name) / median(c, "cross-entropy")
+            row.append(
+                f"{ms(median(c, name))} ms ({ratio:.2g})" if ratio < 100 else f"{ms(median(c, name))} ms ({ratio:.0f})"
+            )
+            row.append("-" if peak is None else f"{peak / (4 * c['N'] * c['L']):.1f}")
+        rows.append(row + [PEERS[name].compared])
+    head = ["loss"]
+    for c in cases:
+        head += [f"N, L = {c['N']}, {c['L']}", "memory"]
+    first = cases[0]
+    note = (
+        f"Forward + backward, K = {first['k']}, B = {first['n_sample']}, epsilon = {first['epsilon']:g}, N(0, 1) scores; in "
+        "brackets the ratio to cross-entropy; peak extra memory in units of the scores, the gradient (1.0) included. "
+    )
+    return grid(head + ["what it is"], rows) + "\n\n" + note + where(report["environment"])
+
+
+def scores_table() -> str:
+    """How the kind of the scores changes the time."""
+    report = result("cpu")
+    cases = [c for c in report["cases"] if c["group"] == "scores"]
+    rows = []
+    for kind in dict.fromkeys(c["scores"] for c in cases):
+        row = [{"species": "logits of the 16S model", "normal": "N(0, 1)"}.get(kind, kind)]
+        for c in (c for c in cases if c["scores"] == kind):
+            ratio = median(c, "topk_fast") / median(c, "cross-entropy")
+            row.append(f"{ms(median(c, 'topk_fast'))} ms ({ratio:.2f})")
+        rows.append(row + [f"{ms(median(c, name))} ms" for name in ("cross-entropy", "pytopk")])
+    levels = [f"topk_fast, epsilon {c['epsilon']:g}" for c in cases[:2]]
+    note = (
+        f"N, L = {cases[0]['N']}, {cases[0]['L']}, B = {cases[0]['n_sample']}; in brackets the ratio to cross-entropy."
+    )
+    return grid(["scores", *levels, "cross-entropy", "pytopk"], rows) + f"\n\n{note} {where(report['environment'])}"
+
+
+def linear_table() -> str:
+    """The linear form: times and memory, with their ratio to the plain form."""
+    report = result("linear_cpu")
+    rows = []
+    for case in report["cases"]:
+        plain, plain_bytes = case["ms"][PLAIN]["both"]["median"], case["peak_bytes"][PLAIN]
+        for name, parts in case["ms"].items():
+            t, peak = {part: value["median"] for part, value in parts.items()}, case["peak_bytes"][name]
+            rows.append(
+                [f"{case['N']}, {case['D']}, {case['L']}", name, f"{t['forward']:.0f} ms", f"{t['backward']:.0f} ms"]
+                + [f"{t['both']:.0f} ms ({t['both'] / plain:.2f})", f"{t['optimizer']:.1f} ms"]
+                + [f"{peak / 2**20:.0f} MiB ({peak / plain_bytes:.2f})"]
+            )
+    head = ["N, D, L", "", "forward", "backward", "both", "optimizer", "peak extra memory"]
+    note = (
+        f"In brackets the ratio to {PLAIN}; goals at L = 100 000: {LINEAR_GOALS['time']} of its time, "
+        f"{LINEAR_GOALS['memory']} of its memory. The memory contains the weight's gradient. "
+    )
+    return grid(head, rows) + "\n\n" + note + where(report["environment"])
+
+
+def runs_of(report: dict, **wanted) -> list[dict]:
+    return [r for r in report["runs"] if all(r[key] == value for key, value in wanted.items())]
+
+
+def spread(runs: list[dict], metric: str) -> tuple[float, float] | None:
+    """Mean and standard deviation over seeds, in percent (of a metric in [0, 1])."""
+    values = [r[metric] for r in runs]
+    return None if None in values else (100 * mean(values), 100 * stdev(values))
+
+
+def judged(ours: tuple[float, float], other: tuple[float, float], n: int) -> str:
+    """ "above", "below" or "like": the means differ by more than two standard errors of their difference, or not."""
+    error = ((ours[1] ** 2 + other[1] ** 2) / n) ** 0.5
+    return "like" if abs(ours[0] - other[0]) <= 2 * error else "above" if ours[0] > other[0] else "below"
+
+
+def study_table(metrics: list[str], data: str) -> str:
+    """Test figures of each loss on a data set; the best mean of a column, and what is like it, in bold."""
+    report = result("study")
+    losses = list(report["config"]["losses"])
+    runs = {loss: runs_of(report, stage="test", data=data, loss=loss) for loss in losses}
+    metrics = [m for m in metrics if spread(runs[losses[0]], m)]
+    best = {m: max(spread(runs[loss], m) for loss in losses) for m in metrics}
+    rows = []
+    for loss in losses:
+        row = [loss]
+        for m in metrics:
+            value = spread(runs[loss], m)
+            text = f"{value[0]:.1f} ± {value[1]:.1f}"
+            row.append(f"**{text}**" if judged(value, best[m], len(runs[loss])) == "like" else text)
+        seconds = mean(r["seconds an epoch"] for r in runs[loss])
+        rows.append(row + [f"{seconds:.2f}"])
+    heads = {"few": "few-shot top-5", "medium": "medium-shot", "many": "many-shot"}
+    return grid(["loss", *(heads.get(m, m) for m in metrics), "s an epoch"], rows)
+
+
+def study_short() -> str:
+    """The README's table: top-1, top-5 and macro top-5 of every loss on every data set."""
+    report = result("study")
+    losses, sets = list(report["config"]["losses"]), list(report["config"]["data"])
+    columns = [(data, m) for data in sets for m in ("top-1", "top-5", "few")]
+    columns = [c for c in columns if spread(runs_of(report, stage="test", data=c[0], loss=losses[0]), c[1])]
+    values = {
+        loss: {c: spread(runs_of(report, stage="test", data=c[0], loss=loss), c[1]) for c in columns} for loss in losses
+    }
+    n = len(report["config"]["seeds"])
+    rows = []
+    for loss in losses:
+        cells = []
+        for c in columns:
+            text = f"{values[loss][c][0]:.1f} ± {values[loss][c][1]:.1f}"
+            best = max(values[other][c] for other in losses)
+            cells.append(f"**{text}**" if judged(values[loss][c], best, n) == "like" else text)
+        rows.append([loss, *cells])
+    names = {"few": "few-shot top-5"}
+    head = ["loss", *(f"{data}: {names.get(m, m)}" for data, m in columns)]
+    return grid(head, rows) + "\n\n" + study_note(report)
+
+
+def study_note(report: dict) -> str:
+    c, few = report["config"], "fewer than 5 training rows"
+    return (
+        f"Test accuracy in percent, mean ± standard deviation over {len(c['seeds'])} seeds; bold: the best of a column and "
+        f"what is within two standard errors of it. K = {c['k']}, B = {c['n_sample']}; each loss had the same number of "
+        f"validation trials ({', '.join(str(d['trials']) for d in c['data'].values())}). Few-shot: classes with {few}. "
+        f"Commit {report['environment']['commit']}, {report['environment']['date'][:10]}."
+    )
+
+
+def study_data_table() -> str:
+    report = result("study")
+    rows = [
+        [
+            name,
+            str(d["classes"]),
+            *(str(d["rows"][part]) for part in ("train", "val", "test")),
+            f"{d['least']} to {d['most']}",
+        ]
+        for name in report["config"]["data"]
+        for d in [report["data"][name]]
+    ]
+    return grid(["data", "classes", "training", "validation", "test rows", "training rows of a class"], rows)
+
+
+def settings_table() -> str:
+    """What validation chose."""
+    report = result("study")
+    rows = []
+    for data in report["config"]["data"]:
+        for loss in report["config"]["losses"]:
+            settings = runs_of(report, stage="test", data=data, loss=loss)[0]["settings"]
+            text = ", ".join(f"{key} = {value:g}" for key, value in settings.items() if key not in ("k", "n_sample"))
+            rows.append([data, loss, text])
+    return grid(["data", "loss", "settings"], rows)
+
+
+def ablation_table() -> str:
+    """Each setting varied alone around what validation chose."""
+    report = result("study")
+    data = report["config"]["ablations"]["data"]
+    rows = []
+    for loss in NOISED:
+        for key, values in report["config"]["ablations"][loss].items():
+            for value in values:
+                runs = [
+                    r for r in runs_of(report, stage=f"ablation of {key}", loss=loss) if r["settings"][key] == value
+                ]
+                cells = [spread(runs, m) for m in ("top-1", "top-5", "top-20", "macro top-5", "few")]
+                seconds = mean(r["seconds an epoch"] for r in runs)
+                rows.append(
+                    [loss, f"{NAMES[key]} = {value:g}", *(f"{a:.1f} ± {b:.1f}" for a, b in cells), f"{seconds:.2f}"]
+                )
+    head = ["loss", "setting", "top-1", "top-5", "top-20", "macro top-5", "few-shot top-5", "s an epoch"]
+    note = f"{data}, {len(report['config']['seeds'])} seeds, percent of the test rows; all other settings as validation chose them."
+    return (
+        grid(head, rows) + f"\n\n{note} Commit {report['environment']['commit']}, {report['environment']['date'][:10]}."
+    )
+
+
+NAMES = {"k": "K", "n_sample": "B", "epsilon": "epsilon", "max_m": "max_m"}
+
+
+def gradient_table() -> str:
+    """Variance and bias against B, and what a second buys."""
+    report = result("gradient")
+    rows = []
+    for b in dict.fromkeys(q["n_sample"] for q in report["quality"]):
+        row = [str(b)]
+        for q in (q for q in report["quality"] if q["n_sample"] == b):
+            bias, error = q["bias_squared"], q["bias_squared_error"]
+            row.append(f"{q['variance']:.4f}")
+            row.append(f"{bias:.1e}" if bias > 2 * error else "none seen")
+        for shape in dict.fromkeys((s["N"], s["L"]) for s in report["second"]):
+            at = {
+                s["loss"]: s["ms"]["median"] for s in report["second"] if (s["N"], s["L"], s["n_sample"]) == (*shape, b)
+            }
+            theirs = f"{at['pytopk'] / at['topk_fast']:.0f}" if "pytopk" in at else "-"
+            row.append(f"{ms(at['topk_fast'])} ms ({theirs})")
+        rows.append(row)
+    head = ["B"]
+    for name in dict.fromkeys(q["row"] for q in report["quality"]):
+        a = next(q["activation"] for q in report["quality"] if q["row"] == name)
+        head += [f"variance, a = {a:.1f}", "bias²"]
+    head += [f"step at {n}, {length}" for n, length in dict.fromkeys((s["N"], s["L"]) for s in report["second"])]
+    worst = max(g["largest_error"] / g["largest_entry"] for g in report["gradcheck"])
+    note = (
+        f"Gradient of one row of {report['L']} classes, K = {report['k']}, epsilon = {report['epsilon']:g}: variance summed "
+        f"over the classes, squared length of the bias (where above two standard errors), from {report['repetitions']} "
+        f"repetitions against {report['exact_samples']} samples; a is the mean of the hinge's argument. Steps of topk_fast, in "
+        f"brackets pytopk's time for the same variance. Central differences in float64 agree with the gradient to {worst:.0e} "
+        f"of its largest entry in {len(report['gradcheck'])} cases. "
+    )
+    return grid(head, rows) + "\n\n" + note + where(report["environment"])
+
+
+def study_full(data: str) -> Callable[[], str]:
+    metrics = ["top-1", "top-5", "top-10", "top-20", "macro top-1", "macro top-5", "few", "medium", "many"]
+    return lambda: study_table(metrics, data)
+
+
+TABLES = {
+    "cpu": goals_table,
+    "peers": peers_table,
+    "scores": scores_table,
+    "linear": linear_table,
+    "study": study_short,
+    "data": study_data_table,
+    "species": study_full("species"),
+    "glyphs": study_full("glyphs"),
+    "noisy glyphs": study_full("noisy glyphs"),
+    "long-tailed glyphs": study_full("long-tailed glyphs"),
+    "settings": settings_table,
+    "ablation": ablation_table,
+    "gradient": gradient_table,
+}
+MARK = re.compile(r"<!-- ([a-z -]+) table -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def filled(page: str) -> str:
+    """The text of a page with its tables made anew."""
+    return MARK.sub(lambda m: f"<!-- {m[1]} table -->\n{TABLES[m[1]]()}\n<!-- end -->", (ROOT / page).read_text())
+
+
+def digest(*names: str) -> str:
+    """Of the results a plot is made from."""
+    content = b"".join((RESULTS / f"{name}.json").read_bytes() for name in names)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def main():
+    import plots  # needs matplotlib, which the tables do not
+
+    for page in PAGES:
+        (ROOT / page).write_text(filled(page))
+    for name in plots.PLOTS:
+        plots.draw(name, IMAGES / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()

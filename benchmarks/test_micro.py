@@ -1,0 +1,80 @@
+"""Micro-benchmarks of the CPU backends with cross-entropy beside them: each pass of a step, and each op alone.
+
+Process CPU time of one thread. `make test` does not collect this file; `make bench` runs it. One group by itself:
+
+    python -m pytest benchmarks/test_micro.py --benchmark-enable -k "step and 1000"
+"""
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import harness
+import topk_fast
+from topk_fast import ops
+
+SHAPES = [(128, 100), (128, 1000), (32, 100_000)]
+K, N_SAMPLE, EPSILON = 5, 5, 1.0
+BACKENDS = [name for name in topk_fast.available_backends("cpu") if name != "triton"]  # that is its interpreter
+LOSSES = {
+    **{name: topk_fast.BalNoisedTopK(K, EPSILON, N_SAMPLE, backend=name) for name in BACKENDS},
+    "cross-entropy": F.cross_entropy,
+}
+pytestmark = pytest.mark.benchmark(
+    timer=time.process_time, max_time=0.3, min_rounds=5, warmup=True, warmup_iterations=2
+)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Scores and target by shape, after the gate: equal bits before anything is timed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = {shape: harness.scores_of("normal", *shape, "float32", "cpu") for shape in SHAPES}
+    for scores, target in out.values():
+        harness.gate(LOSSES, scores, target, K, N_SAMPLE, EPSILON)
+    yield out
+    torch.set_num_threads(threads)
+
+
+@shapes
+@pytest.mark.parametrize("part", ["forward", "backward", "step"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss(benchmark, batches, part, shape, name):
+    benchmark.group = f"{part} {shape[0]} x {shape[1]}"
+    (scores, target), loss = batches[shape], LOSSES[name]
+    if part == "forward":
+        value = benchmark(loss, scores, target)
+    elif part == "backward":
+        value = loss(scores, target)
+        benchmark(torch.autograd.grad, value, scores, retain_graph=True)
+    else:
+        value = benchmark(harness.step, loss, scores, target)
+    assert value.isfinite()
+
+
+@shapes
+@pytest.mark.parametrize("op", ["candidates", "loss", "gradient"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_op(benchmark, batches, op, shape, backend):
+    benchmark.group = f"op {op} {shape[0]} x {shape[1]}"
+    scores, target = batches[shape][0].detach(), batches[shape][1]
+    seed, suffix = torch.tensor(1), ops.suffix(backend, scores, K + 1)
+    search = (K + 1, EPSILON, N_SAMPLE)
+    if op == "candidates":
+        out = benchmark(ops.kernel(op, suffix), scores, seed, *search, 0, 0, False)
+        assert out[0].shape == (shape[0], N_SAMPLE, K + 1)
+        return
+    arguments = (scores, target, None, seed, *search, 1.0, -100, False)
+    if op == "loss":
+        losses = benchmark(ops.kernel(op, suffix), *arguments)[0]
+        assert losses.shape == target.shape
+        return
+    losses, classes, _ = ops.kernel("loss", suffix)(*arguments)
+    grad = benchmark(
+        ops.kernel(op, suffix), torch.ones_like(losses), losses, classes, target, 1.0, 0, shape[1], scores.dtype
+    )
+    assert grad.shape == scores.shape

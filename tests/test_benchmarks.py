@@ -1,0 +1,332 @@
+"""The benchmark harness: its gate refuses what is wrong, its loop is fair, and loss.py writes what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # after the examples, whose modules have names of their own
+
+import harness  # noqa: E402
+import linear  # noqa: E402
+import loss  # noqa: E402
+import memory  # noqa: E402
+from peers import PEERS, Case  # noqa: E402
+from topk_fast import BalNoisedTopK  # noqa: E402
+
+CASE = Case(64, 100, n_sample=5)
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+
+
+def scores_and_target(kind="normal"):
+    return harness.scores_of(kind, CASE.N, CASE.L, CASE.dtype, "cpu")
+
+
+# Scores
+
+
+@pytest.mark.parametrize("kind", ["normal", "flat", "spiky"])
+def test_scores_are_leaves_and_the_same_each_time(kind):
+    (scores, target), (again, same) = scores_and_target(kind), scores_and_target(kind)
+    assert scores.shape == (64, 100) and target.shape == (64,) and scores.is_leaf and scores.requires_grad
+    assert torch.equal(scores, again) and torch.equal(target, same) and 0 <= target.min() and target.max() < 100
+    assert harness.scores_of(kind, 2, 9, "bfloat16", "cpu")[0].dtype == torch.bfloat16
+
+
+def test_what_each_kind_claims():
+    normal, flat = scores_and_target("normal")[0], scores_and_target("flat")[0]
+    assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05  # of 6400: 4 standard errors
+    assert (flat == flat[0, 0]).all()
+    spiky, target = scores_and_target("spiky")
+    peaks = spiky > 2  # 20 standard deviations of the others
+    assert (peaks.sum(1) >= 3).all() and (peaks.sum(1) <= harness.PEAKS).all()  # peaks may meet in one class
+    assert peaks[torch.arange(64), target].all() and abs(spiky[~peaks].std() - 0.1) < 0.005
+
+
+def test_species_come_from_a_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "SPECIES", tmp_path / "logits.pt")
+    with pytest.raises(FileNotFoundError, match="examples/all_species.py --losses cross-entropy --save-logits"):
+        harness.scores_of("species", 2, 5, "float32", "cpu")
+    logits, target = torch.randn(3, 5).half(), torch.tensor([4, 0, 2])
+    torch.save({"logits": logits, "target": target}, harness.SPECIES)
+    scores, labels = harness.scores_of("species", 2, 5, "float32", "cpu")
+    assert torch.equal(scores.detach(), logits[:2].float()) and scores.requires_grad and labels.tolist() == [4, 0]
+    with pytest.raises(ValueError, match="3 rows of 5 classes, asked for 2 of 6"):
+        harness.scores_of("species", 2, 6, "float32", "cpu")
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match="got 'lumpy'"):
+        harness.scores_of("lumpy", 2, 5, "float32", "cpu")
+
+
+# The gate
+
+
+def gate(losses, kind="normal"):
+    return harness.gate(losses, *scores_and_target(kind), CASE.k, CASE.n_sample, CASE.epsilon)
+
+
+@pytest.mark.parametrize("kind", ["normal", "flat", "spiky"])
+def test_gate_lets_right_losses_pass(kind):
+    assert gate({name: PEERS[name].make(CASE) for name in loss.BASIC}, kind) == {}
+
+
+@pytest.mark.parametrize("part", ["losses", "gradients"])
+def test_gate_sees_one_bit(monkeypatch, part):
+    """A backend whose first loss, or gradient, is one unit in the last place off."""
+    right = harness.bal_noised_topk_loss
+    if harness.ours("cpu") == ["torch"]:
+        pytest.skip("the C++ kernels are not built: there is one backend alone")
+
+    def wrong(scores, *args, backend, **kwargs):
+        if backend == "torch":
+            return right(scores, *args, backend=backend, **kwargs)
+        if part == "gradients":
+            scores.register_hook(lambda grad: torch.nextafter(grad, torch.tensor(9.0)))
+            return right(scores, *args, backend=backend, **kwargs)
+        out = right(scores, *args, backend=backend, **kwargs)
+        return out + (torch.nextafter(out, torch.tensor(9.0)) - out).detach()
+
+    monkeypatch.setattr(harness, "bal_noised_topk_loss", wrong)
+    with pytest.raises(SystemExit, match="cpp.*and the reference differ at .*nothing was timed"):
+        gate({})
+
+
+def test_gate_sees_another_mean():
+    pytopk = PEERS["pytopk"].make(CASE)
+    with pytest.raises(SystemExit, match="mean losses .* differ: nothing was timed"):
+        gate({"pytopk": lambda scores, target: pytopk(scores, target) + 0.3})  # some 15 standard errors
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_gate_sees_what_is_not_finite(wrong):
+    def peer(scores, target):
+        if wrong == "gradient":
+            return (scores - scores.detach()).abs().sqrt().sum()  # finite itself
+        return F.cross_entropy(scores, target) * torch.inf
+
+    with pytest.raises(SystemExit, match="bad has a loss or gradient that is not finite"):
+        gate({"good": F.cross_entropy, "bad": peer})
+
+
+def too_large(*_):
+    return torch.empty(2**60, dtype=torch.int8)  # more than any address space
+
+
+def test_too_large_is_left_out():
+    assert gate({"good": F.cross_entropy, "large": too_large}) == {"large": "out of memory"}
+    _, left_out = harness.interleaved({"large": [too_large]}, "cpu", 3)
+    assert left_out == {"large": "out of memory"}
+
+
+def test_other_errors_are_not_taken_for_memory():
+    with pytest.raises(RuntimeError, match="shape"):
+        memory.attempt(lambda: torch.ones(2) @ torch.ones(3, 3) + torch.ones(2).view(3, 7))
+
+
+# Timing
+
+
+class Steps:
+    """Candidates that take as long as told by a clock of their own, and a list of who ran."""
+
+    def __init__(self, **seconds):
+        self.now, self.ran = 0.0, []
+        self.candidates = {name: [self.one(name, s)] for name, s in seconds.items()}
+
+    def one(self, name, seconds):
+        def run():
+            self.now += seconds
+            self.ran.append(name)
+
+        return run
+
+    def interleaved(self, **options):
+        return harness.interleaved(self.candidates, "cpu", clock=lambda: self.now, **options)
+
+
+def test_samples_are_in_turn_and_right():
+    steps = Steps(a=1.0, b=2.0)  # too long for loops and untimed steps
+    samples, left_out = steps.interleaved(repeats=4)
+    assert "".join(steps.ran) == "ab" + 4 * "ab" and left_out == {}
+    assert samples == {"a": 4 * [[1000.0]], "b": 4 * [[2000.0]]}
+
+
+def test_brief_steps_are_repeated_after_an_untimed_one():
+    steps = Steps(a=0.0011, b=0.03)
+    samples, _ = steps.interleaved(repeats=5, seconds=0.5)  # 0.1 s a sample: 90 steps, and 3
+    assert [len(values) for values in samples.values()] == [5, 5]
+    assert steps.ran.count("a") == 1 + 5 * (1 + 90) and steps.ran.count("b") == 1 + 5 * (1 + 3)  # 1 to see how long
+    assert all(abs(ms - 1.1) < 1e-6 for (ms,) in samples["a"]) and all(abs(ms - 30) < 1e-6 for (ms,) in samples["b"])
+
+
+def test_long_steps_get_fewer_samples_but_three():
+    samples, _ = Steps(brief=0.01, long=0.25, longest=60.0).interleaved(repeats=15, seconds=1.0)
+    assert {name: len(values) for name, values in samples.items()} == {"brief": 15, "long": 4, "longest": 3}
+
+
+def test_a_case_ends_when_its_time_is_spent():
+    samples, _ = Steps(a=0.2, b=0.2).interleaved(repeats=15, case_seconds=0)
+    assert [len(values) for values in samples.values()] == [harness.FEWEST] * 2
+
+
+def test_passes_that_need_each_other_run_once_each():
+    steps = Steps()
+    passes = [steps.one("forward", 0.25), steps.one("backward", 0.5)]
+    samples, _ = harness.interleaved({"a": passes}, "cpu", 3, 1000, clock=lambda: steps.now)
+    assert samples == {"a": 3 * [[250.0, 500.0]]} and steps.ran == 4 * ["forward", "backward"]
+
+
+def test_quartiles():
+    assert harness.quartiles([3.0, 1.0, 2.0]) == {"lower": 1.0, "median": 2.0, "upper": 3.0, "repeats": 3}
+    values = harness.quartiles([float(i) for i in range(1, 12)])
+    assert values == {"lower": 3.0, "median": 6.0, "upper": 9.0, "repeats": 11}
+
+
+# Memory
+
+
+def hold(small):
+    return lambda: torch.ones(2**10 if small else 2**24).add_(1)
+
+
+@NEEDS_PROC
+def test_peak_memory_is_that_of_the_step():
+    # Linux counts pages in batches.
+    assert 0.98 * 2**26 <= memory.peak(hold, device="cpu") <= 1.1 * 2**26
+
+
+@NEEDS_PROC
+def test_peak_memory_of_losses():
+    """At its peak a step of ours holds the gradient; cross-entropy's a logarithm of the scores' size too."""
+    case, logits = Case(8, 500_000), 8 * 500_000 * 4
+    peak = {
+        name: memory.peak(loss.one_step, name, case, "cpu", device="cpu") for name in ("topk_fast", "cross-entropy")
+    }
+    assert 0.95 * logits <= peak["topk_fast"] <= 1.5 * logits and peak["cross-entropy"] >= 1.9 * logits
+
+
+@NEEDS_PROC
+def test_limit_makes_large_allocations_raise():
+    """In a process of its own, which keeps the limit: what Linux grants otherwise, pages it never touches."""
+    code = (
+        "import memory, resource, torch; memory.limit(); free = resource.getrlimit(resource.RLIMIT_DATA)[0]\n"
+        "print(free > 0, memory.attempt(torch.empty, free // 4 + 1)[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert done.stdout.strip() == "True out of memory", done.stderr
+
+
+# Results
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("COMMIT", "abc1234")
+    out = harness.environment("cpu")
+    assert out["commit"] == "abc1234" and out["torch"] == torch.__version__ and out["threads"] == 1
+    assert {"cpu", "python", "pytopk", "topk_fast", "compiler", "instruction_sets", "date", "command"} <= set(out)
+    json.dumps(out)
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "result.json"
+    harness.write(path, {"cases": [1]})
+    with pytest.raises(TypeError):
+        harness.write(path, {"cases": [1, object()]})
+    assert json.loads(path.read_text()) == {"cases": [1]}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("which", ["quick", "full"])
+def test_sets_name_known_losses(which, device):
+    known = loss.candidates(device)
+    for entry in loss.entries(which, device):
+        assert set(entry.names) <= set(known) and set(entry.memory) <= set(entry.names) and entry.names, entry
+
+
+def test_the_full_set_has_its_groups():
+    entries = loss.entries("full", "cpu")
+    groups = {entry.group for entry in entries}
+    assert groups == {"goals", "length", "samples", "k", "scores", "peers", "dtype"}
+    goals = [entry.case for entry in entries if entry.group == "goals"]
+    assert {(c.L, c.n_sample, c.epsilon) for c in goals} == {
+        (n, b, e) for n in loss.GOALS for b in (5, 10) for e in (1, 0.2)
+    }
+    assert all(c.N * c.L <= 2**22 for c in (entry.case for entry in entries if entry.group == "length"))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """loss.py with two cases of its own, and no limit set on this process."""
+    entries = [
+        loss.Entry("goals", Case(4, 50, n_sample=2), ("topk_fast", "cross-entropy", "pytopk", "Liger"), ("topk_fast",)),
+        loss.Entry("length", Case(2, 70, dtype="bfloat16"), ("topk_fast", "cross-entropy")),
+    ]
+    monkeypatch.setattr(loss, "entries", lambda which, device: entries)
+    monkeypatch.setattr(memory, "limit", lambda: None)
+    return entries
+
+
+@NEEDS_PROC
+def test_loss_writes_its_result(tiny, tmp_path, capsys):
+    path = tmp_path / "cpu.json"
+    loss.main(["--out", str(path), "--seconds", "0.01"])
+    report = json.loads(path.read_text())
+    assert list(report) == ["environment", "goals", "cases"] and report["goals"]["1000"] == [1.5, 1 / 40]
+    first, second = report["cases"]
+    case = dict(group="goals", N=4, L=50, k=5, n_sample=2, epsilon=1.0, dtype="float32", scores="normal")
+    assert {key: first[key] for key in case} == case
+    assert list(first["ms"]) == ["topk_fast", "cross-entropy", "pytopk"]
+    assert all(set(ms) == {"lower", "median", "upper", "repeats"} for ms in first["ms"].values())
+    assert first["left_out"] == {"Liger": "runs on cuda alone"} and set(first["peak_bytes"]) == {"topk_fast"}
+    assert second["dtype"] == "bfloat16" and second["peak_bytes"] == second["left_out"] == {}
+    assert "Liger left out: runs on cuda alone" in capsys.readouterr().out
+
+
+def test_what_is_measured_stays(tiny, monkeypatch, tmp_path):
+    """The second case's gate stops the run; the first case is in the file."""
+    path, right = tmp_path / "cpu.json", harness.gate
+
+    def once(losses, scores, *args):
+        if len(scores) == 2:
+            raise SystemExit("wrong")
+        return right(losses, scores, *args)
+
+    monkeypatch.setattr(harness, "gate", once)
+    tiny[0] = tiny[0]._replace(memory=())
+    with pytest.raises(SystemExit, match="wrong"):
+        loss.main(["--out", str(path), "--seconds", "0.01"])
+    assert [case["N"] for case in json.loads(path.read_text())["cases"]] == [4]
+
+
+def test_peers_can_be_chosen(tiny, tmp_path):
+    path = tmp_path / "cpu.json"
+    loss.main(["--out", str(path), "--seconds", "0.01", "--peers", "cross-entropy"])
+    assert [list(case["ms"]) for case in json.loads(path.read_text())["cases"]] == [["cross-entropy"]] * 2
+    with pytest.raises(SystemExit):
+        loss.main(["--peers", "no such loss"])
+
+
+def test_a_step_of_each_shape_for_a_profiler(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loss, "GOAL_SHAPES", [(3, 20), (2, 30)])
+    monkeypatch.setattr(harness, "step", lambda f, scores, target: seen.append((type(f), len(scores), scores.dtype)))
+    loss.main(["--once"])
+    dtypes = (torch.float32, torch.bfloat16)
+    assert seen == [(BalNoisedTopK, n, dtype) for n in (3, 2) for dtype in dtypes for _ in harness.ours("cpu")]
+
+
+def test_linear_keeps_the_form_of_its_result():
+    committed = json.loads((ROOT / "benchmarks" / "results" / "linear_cpu.json").read_text())["cases"][0]["ms"]
+    case = dict(N=8, D=4, L=60, dtype="float32")
+    linear.check_equality(**case)
+    ms = linear.measure(case, repeats=2)
+    assert set(ms) <= set(committed) and linear.OURS in ms
+    for name, parts in ms.items():
+        assert list(parts) == list(committed[name]) and set(committed[name]["both"]) <= set(parts["both"])

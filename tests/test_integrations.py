@@ -1,0 +1,178 @@
+"""The documentation pages: snippets for frameworks run and learn, api.md names everything, pictures are the script's.
+
+Blocks of integrations.md that are marked with a framework run here, each in a process of its own; all others run in
+test_documentation.py.
+"""
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import topk_fast
+from topk_fast import functional
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+# torchvision's wheel for CUDA cannot load its kernels beside a CPU build of torch, and then fails at two of its own
+# registrations, for lack of these schemas. timm needs its transforms alone.
+TORCHVISION = """
+import torch
+try:
+    import torchvision
+except RuntimeError:
+    schemas = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        schemas.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+# By framework: what runs before the block, and what must hold after it.
+FRAMEWORKS = {
+    "lightning": ("", "accuracy = float(trainer.callback_metrics['top-k accuracy'])"),
+    "transformers": ("", "accuracy = measured['eval_top-5']"),
+    "timm": (TORCHVISION, "accuracy = (model(x).topk(5).indices == y[:, None]).any(1).float().mean()"),
+}
+APART = Path(sys.prefix) / "timm"  # timm with its torchvision, which would break other packages' imports
+
+
+def blocks(framework):
+    text = (DOCS / "integrations.md").read_text()
+    return re.findall(rf"^```python {framework}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_every_marked_block_has_a_test():
+    assert {*re.findall(r"^```python (\w+)$", (DOCS / "integrations.md").read_text(), re.MULTILINE)} == {*FRAMEWORKS}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_framework(framework, tmp_path):
+    """The snippet runs as it stands, and its model ranks the true class among the first five of almost all rows."""
+    path = [str(ROOT)] + [str(APART)] * (framework == "timm")
+    if not (importlib.util.find_spec(framework) or (framework == "timm" and (APART / framework).is_dir())):
+        pytest.skip(f"{framework} is not installed; make test installs it into .venv")
+    before, after = FRAMEWORKS[framework]
+    (block,) = blocks(framework)
+    seeded = f"import torch\ntorch.set_num_threads(1)\ntorch.manual_seed(0)\n{before}\n{block}\n"
+    check = f"{after}\nprint('accuracy', accuracy)\nassert accuracy > 0.9, accuracy\n"
+    (tmp_path / "snippet.py").write_text(seeded + check)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "snippet.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+# integrations.md's table: three values of one argument, and the graphs compiled after each call.
+ANEW = {
+    "target": ([torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64), torch.arange(6)], [1, 1, 1]),
+    "seed": ([torch.tensor(1), torch.tensor(2), torch.tensor(3)], [1, 1, 1]),
+    "no seed": ([None, None, None], [1, 1, 1]),
+    "int seed": ([1, 2, 3], [1, 2, 2]),
+    "input": ([torch.ones(6, 300), torch.ones(7, 300), torch.ones(8, 300)], [1, 2, 2]),
+    "k": ([1, 2, 3], [1, 2, 3]),
+    "n_sample": ([1, 2, 3], [1, 2, 3]),
+    "reduction": (["mean", "sum", "none"], [1, 2, 3]),
+    "epsilon": ([1.0, 0.5, 0.25], None),
+}
+
+
+@pytest.mark.parametrize("name", ANEW)
+def test_what_compiles_anew(name):
+    """As the table of integrations.md says; for epsilon at least one more graph for each value."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(
+        lambda options: functional.bal_noised_topk_loss(**options), backend=counter, fullgraph=True
+    )
+    values, expected = ANEW[name]
+    counts = []
+    for value in values:
+        options = {"input": torch.ones(6, 300), "k": 5} | {name.split()[-1]: value}
+        options.setdefault("target", torch.zeros(len(options["input"]), dtype=torch.int64))
+        compiled(options)
+        counts.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert counts == expected or (expected is None and counts[0] < counts[1] < counts[2]), counts
+
+
+PUBLIC = {name: getattr(topk_fast, name) for name in topk_fast.__all__} | {
+    name: getattr(functional, name) for name in functional.__all__
+}
+
+
+@pytest.fixture(scope="module")
+def sections():
+    """api.md's text under each heading."""
+    parts = re.split(r"^## (.+)\n", (DOCS / "api.md").read_text().replace("\\_", "_"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_the_reference_has_all_public_names_and_no_others(sections):
+    assert {*sections} - {"What all share"} == {*PUBLIC}
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if callable(value)])
+def test_signatures_of_the_reference(name, sections):
+    """Names, order, kinds and defaults of the parameters, and a word on each here or among what all share."""
+
+    def essence(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    text = sections[name]
+    signature = re.search(rf"^```py\n{name}(\(.*?\))\n```$", text, re.DOTALL | re.MULTILINE).group(1)
+    written = {}
+    exec(f"def written{signature}: ...", written)
+    assert essence(written["written"]) == essence(PUBLIC[name])
+    common = sections["What all share"]
+    linear = sections["linear_noised_topk_loss"] if name.lower().startswith("linear") else ""
+    for parameter, *_ in essence(PUBLIC[name]):
+        explained = re.sub(r"^```py\n.*?^```", "", text + linear + common, flags=re.DOTALL | re.MULTILINE)
+        assert re.search(rf"\b{parameter}\b", explained), parameter
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if callable(value)])
+def test_the_reference_links_to_the_source(name, sections):
+    linked = re.search(r"\[Source\]\((.+?)\)", sections[name]).group(1)
+    assert (DOCS / linked).resolve() == Path(inspect.getsourcefile(PUBLIC[name])).resolve()
+
+
+def anchors(page):
+    """The anchors that a renderer gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.replace("\\", "").lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if link.startswith("http") or link.startswith("img/"):
+            continue
+        file, _, anchor = link.partition("#")
+        to = (page.parent / file).resolve() if file else page
+        assert to.exists(), link
+        assert not anchor or anchor in anchors(to), link
+
+
+def test_pictures_are_what_the_script_draws(tmp_path):
+    """The committed pictures but for the last digits of coordinates, each small and shown on a page."""
+    subprocess.run(
+        [sys.executable, DOCS / "pictures.py", tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
+    )
+    number = re.compile(r"-?\d+\.\d+")
+    drawn = sorted(tmp_path.glob("*.svg"))
+    assert drawn
+    for picture in drawn:
+        new, old = picture.read_text(), (DOCS / "img" / picture.name).read_text()
+        assert number.sub("", new) == number.sub("", old), picture.name
+        pairs = zip(number.findall(new), number.findall(old), strict=True)
+        assert all(abs(float(a) - float(b)) < 1e-3 for a, b in pairs), picture.name
+        assert len(old) < 150_000, picture.name
+        assert f"](img/{picture.name})" in (DOCS / "algorithm.md").read_text(), picture.name
