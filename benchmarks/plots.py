@@ -37,15 +37,15 @@ STYLE = {
 FIRST = ("topk_fast", "cross-entropy", "pytopk")  # what the eye is to find
 
 
-def look(names: list[str]) -> dict[str, dict]:
-    """A colour and a marker of each name, the same in all plots that show it."""
-    known = [*FIRST, *sorted(set(names) - set(FIRST))]
-    rounds = ("-", "--", ":")
+def look() -> dict[str, dict]:
+    """A colour, a marker and a line of each loss, the same in all plots."""
+    names = dict.fromkeys(name for case in result("cpu")["cases"] for name in case["ms"])
+    known = [*FIRST, *(name for name in names if name not in FIRST)]
     return {
         name: {
             "color": COLOURS[i % len(COLOURS)],
             "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": rounds[i // len(COLOURS)],
+            "linestyle": ("-", "--", ":")[i // len(COLOURS)],
             "linewidth": 2.4 if name == "topk_fast" else 1.3,
             "zorder": 3 if name in FIRST else 2,
         }
@@ -56,8 +56,7 @@ def look(names: list[str]) -> dict[str, dict]:
 def curves(axes: Axes, group: str, key: str, measured=median, field: str = "ms") -> None:
     """One line a loss over the cases of a group: what `measured` makes of a case, against `key`."""
     cases = sorted((c for c in result("cpu")["cases"] if c["group"] == group), key=lambda c: c[key])
-    names = list(dict.fromkeys(name for c in cases for name in c.get(field, {})))
-    for name, style in look(names).items():
+    for name, style in look().items():
         points = [(c[key], measured(c, name)) for c in cases if name in c.get(field, {})]
         if points:
             axes.plot(*zip(*points), label=name, **style)
@@ -66,7 +65,7 @@ def curves(axes: Axes, group: str, key: str, measured=median, field: str = "ms")
 
 def legend(axes: Axes) -> None:
     """Beside the axes, in the order of the lines' right ends."""
-    lines = sorted(axes.get_lines(), key=lambda line: -line.get_ydata()[-1])
+    lines = sorted(axes.get_legend_handles_labels()[0], key=lambda line: -line.get_ydata()[-1])
     axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
 
 
@@ -85,8 +84,8 @@ def time_samples_rank(figure) -> None:
     right.set(xlabel="rank K")
     case = next(c for c in result("cpu")["cases"] if c["group"] == "samples")
     figure.suptitle(f"N, L = {case['N']}, {case['L']}", fontsize=9)
-    for axes in (left, right):
-        axes.legend(fontsize=8)
+    lines = {line.get_label(): line for axes in (left, right) for line in axes.get_lines()}
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=5, fontsize=8)
 
 
 def memory_length(figure) -> None:
@@ -173,7 +172,7 @@ def gradient(figure) -> None:
                 color=colour, linestyle=line, marker=marker, label=f"{loss}, N, L = {shape[0]}, {shape[1]}",
             )  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="variance of a row's gradient")
-    right.legend(fontsize=7)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=7)
 
 
 # Each plot, the results it is made from, and its size in inches.
@@ -183,7 +182,7 @@ PLOTS = {
     "memory_length": (memory_length, ("cpu",), (7.5, 3.2)),
     "study": (study, ("study",), (10, 3.8)),
     "ablations": (ablations, ("study",), (10, 5.2)),
-    "gradient": (gradient, ("gradient",), (9, 3.8)),
+    "gradient": (gradient, ("gradient",), (9, 4.2)),
 }
 
 

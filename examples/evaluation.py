@@ -57,8 +57,8 @@ def look_up(group: Tensor, known_group: Tensor, known_target: Tensor, n_classes:
 
 
 def ranks(scores: Tensor, target: Tensor) -> Tensor:
-    """How many classes score higher than the true one: [N], 0 if it comes first, C if the true score is NaN."""
-    return (~(scores <= scores.gather(1, target[:, None]))).sum(1)
+    """How many other classes do not score lower than the true one: [N], 0 if it comes first; ties and NaN count against it."""
+    return (~(scores < scores.gather(1, target[:, None]))).sum(1) - 1
 
 
 def curve(rank: Tensor, longest: int = 20) -> list[float]:

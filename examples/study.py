@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import time
 from functools import lru_cache
@@ -72,7 +73,7 @@ def data_set(name: str, cache: Path) -> study_data.Data:
 
 
 def run(job: dict, cache: Path) -> dict:
-    """Train one model as `job` says, and measure it on the validation rows (a trial) or the test rows (all else)."""
+    """Train one model as `job` says, and measure it on the test rows (stage "test") or the validation rows (all else)."""
     data, s = data_set(job["data"], cache), job["settings"]
     torch.manual_seed(job["seed"])
     model, loss_of = make_model(data, job["loss"]), make_loss(job["loss"], s, data.count())
@@ -88,7 +89,7 @@ def run(job: dict, cache: Path) -> dict:
             optimizer.step()
             schedule.step()
     seconds = (time.process_time() - start) / job["epochs"]
-    part = data.parts["val" if job["stage"] == "trial" else "test"]
+    part = data.parts["test" if job["stage"] == "test" else "val"]
     return job | measure(model.eval(), data, *part) | {"seconds an epoch": round(seconds, 3)}
 
 
@@ -110,42 +111,45 @@ def measure(model: nn.Module, data: study_data.Data, rows: Tensor, target: Tenso
 
 def draw(space: dict[str, list[float]], trials: int, seed: int) -> list[dict[str, float]]:
     """`trials` points of a box of (low, high), log-uniform, from a scrambled Sobol sequence, rounded to two digits."""
+    if not space:
+        return [{} for _ in range(trials)]
     points = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=seed).draw(trials).tolist()
     place = lambda low, high, u: float(f"{low * (high / low) ** u:.2g}")  # noqa: E731
     return [{key: place(*space[key], u) for key, u in zip(space, point)} for point in points]
 
 
-def jobs(config: dict, data: str, done: list[dict]) -> list[dict]:
-    """What is left to do for a data set: first the trials; once these are done, what follows from the best of each loss."""
+def jobs(config: dict, data: str, done: list[dict]) -> tuple[list[dict], list[dict]]:
+    """What a data set takes, as far as it is known, and what of it is left to do.
+
+    First the trials: learning rate and weight decay from one sequence, the same for all losses, each loss's own parameters
+    from another. Once a loss's trials are done, the runs of the best of them.
+    """
 
     def job(stage: str, loss: str, settings: dict, seed: int) -> dict:
         length = {name: config["data"][data][name] for name in ("epochs", "batch")}
         return {"stage": stage, "data": data, "loss": loss, "settings": settings, "seed": seed} | length
 
-    n_trials = config["data"][data]["trials"]
+    have = {key_of(record): record for record in done}
+    n_trials, seed = config["data"][data]["trials"], config["trial_seed"]
     fixed = {"k": config["k"], "n_sample": config["n_sample"]}
-    wanted = [
-        job("trial", loss, settings | fixed, config["trial_seed"])
-        for loss, space in config["losses"].items()
-        for settings in draw(config["optimizer"] | space, n_trials, config["trial_seed"])
-    ]
-    best = {}
-    for loss in config["losses"]:
-        trials = [r for r in done if (r["stage"], r["data"], r["loss"]) == ("trial", data, loss)]
-        if len(trials) == n_trials:
-            best[loss] = max(trials, key=lambda r: r[config["criterion"]])["settings"]
-    wanted += [job("test", loss, settings, seed) for loss, settings in best.items() for seed in config["seeds"]]
-    if data == config["ablations"]["data"]:
-        wanted += [
-            job(f"ablation of {key}", loss, best[loss] | {key: value}, seed)
-            for loss in (BALANCED, IMBALANCED)
-            if loss in best
-            for key, values in config["ablations"][loss].items()
-            for value in values
-            for seed in config["seeds"]
-        ]
-    have = {key_of(record) for record in done}
-    return [j for j in wanted if key_of(j) not in have]
+    wanted = []
+    for loss, space in config["losses"].items():
+        points = zip(draw(config["optimizer"], n_trials, seed), draw(space, n_trials, seed + 1))
+        trials = [job("trial", loss, common | own | fixed, seed) for common, own in points]
+        wanted += trials
+        found = [have[key_of(trial)] for trial in trials if key_of(trial) in have]
+        if len(found) < n_trials:
+            continue
+        best = max(found, key=lambda record: record[config["criterion"]])["settings"]
+        wanted += [job("test", loss, best, seed) for seed in config["seeds"]]
+        if data == config["ablations"]["data"]:
+            wanted += [
+                job(f"ablation of {key}", loss, best | {key: value}, seed)
+                for key, values in config["ablations"].get(loss, {}).items()
+                for value in values
+                for seed in config["seeds"]
+            ]
+    return wanted, [job for job in wanted if key_of(job) not in have]
 
 
 def key_of(job: dict) -> str:
@@ -181,20 +185,26 @@ def arguments() -> argparse.Namespace:
 
 
 def collect(config: dict, folder: Path, cache: Path, path: Path) -> None:
-    """The records of the configured runs, and what the data are, in one file: a run a line."""
-    found = records(folder)
-    described = {}
-    for name in {r["data"] for r in found}:
+    """The configured runs and what the data are, in one file, a run a line; refused while runs are missing."""
+    have, found, described = records(folder), [], {}
+    by_key = {key_of(record): record for record in have}
+    for name in config["data"]:
+        wanted, left = jobs(config, name, have)
+        if left or len(wanted) == len(config["losses"]) * config["data"][name]["trials"]:
+            sys.exit(f"{name}: runs are missing, {len(left)} at least; go on with: python examples/study.py")
+        found += [by_key[key_of(job)] for job in wanted]
         data = study_data.load(name, cache)
         rows = {part: len(target) for part, (_, target) in data.parts.items()}
         least, most = data.count().aminmax()
         described[name] = {"classes": data.classes, "rows": rows, "least": int(least), "most": int(most)}
-    left = sum(len(jobs(config, name, found)) for name in config["data"])
-    head = {"environment": harness.environment("cpu") | {"threads": 1}, "config": config, "data": described}
-    head |= {"missing_runs": left}
+    environment = harness.environment("cpu") | {"threads": 1, "command": "python examples/study.py"}
+    environment |= {key: found[-1][key] for key in ("commit", "date")}  # of the runs, not of their collection
+    if commits := {record["commit"] for record in found} - {environment["commit"]}:
+        print(f"note: runs of other commits too: {sorted(commits)}")
+    head = json.dumps({"environment": environment, "config": config, "data": described}, indent=1)
     lines = ",\n".join("  " + json.dumps(record) for record in found)
-    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{lines}\n ]\n}}\n')
-    print(f"{len(found)} runs, {left} missing: {path}")
+    path.write_text(head[:-2] + f',\n "runs": [\n{lines}\n ]\n}}\n')
+    print(f"{len(found)} runs: {path}")
 
 
 def main() -> None:
@@ -206,14 +216,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.data:
         data_set(name, args.cache)  # fetched and rendered once, before there are several processes
+    stamp = {key: harness.environment("cpu")[key] for key in ("commit", "date")}
     # Each start of the program writes a file of its own: no half-written line is ever appended to.
-    path = args.out / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    path = args.out / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.workers, _start, (args.cache,)) as pool, path.open("w", buffering=1) as file:
         for name in args.data:
-            while left := jobs(config, name, records(args.out)):
+            while left := jobs(config, name, records(args.out))[1]:
                 for record in tqdm(pool.imap_unordered(_run, left), name, total=len(left), unit="run"):
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps(record | stamp) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from torch import Tensor
 
 import glyphs
 import species
-from dataset import split_rows
 
 NAMES = ("species", "glyphs", "noisy glyphs", "long-tailed glyphs")
 SEED = 0  # of splits, distortions and wrong labels: the same for all losses
 COMPONENTS = 256  # of the species' k-mer counts
-FONTS = {"test": 3, "val": 2, "train": 7}  # of each glyph: no font of a class stands in two parts
-VARIANTS = 4  # distorted images of each glyph in each training font
+DRAWINGS = {"test": 2, "val": 2, "train": 4}  # of each character; fonts may share one, so they are told apart by pixels
+VARIANTS = 8  # distorted images of each drawing, in training
+KEPT = 2  # of them, where the classes are balanced
 GROUP = 5  # classes with neighbouring code points that a wrong label may come from
 WRONG = 0.5  # share of labels that are drawn anew from their group
 
@@ -45,67 +45,77 @@ def load(name: str, cache: Path) -> Data:
 
 
 def _species(cache: Path) -> Data:
-    """Principal components of the square roots of the 6-mer counts, found on the training inputs."""
+    """Principal components of the square roots of the 6-mer counts, found on the training inputs.
+
+    Distinct inputs are shared out over the parts, so that no test input is seen in training; a class without a training
+    row is left out.
+    """
     data = species.load(cache)
-    split, x = split_rows(data.target, SEED), data.features()
-    group, target = torch.from_numpy(data.group), torch.from_numpy(data.target)
+    place = np.random.default_rng(SEED).permutation(len(data.inputs)) % 4
+    part_of = np.array(["test", "val", "train", "train"])[place][data.group]  # [N], of each row
+    known = np.unique(data.target[part_of == "train"])
+    target = np.searchsorted(known, data.target).clip(max=len(known) - 1)
+    usable = known[target] == data.target
+    parts = {}
+    for part in DRAWINGS:
+        rows = np.flatnonzero((part_of == part) & usable)
+        parts[part] = torch.from_numpy(data.group[rows]), torch.from_numpy(target[rows])
     path = cache / "study_species.pt"
     if not path.exists():
-        seen = x[group[split.train].unique()]
+        x = data.features()
+        seen = x[parts["train"][0].unique()]
         mean = seen.mean(0)
         torch.manual_seed(SEED)
         directions = torch.pca_lowrank(seen - mean, COMPONENTS, center=False, niter=4)[2]  # [F, COMPONENTS]
         z = (x - mean) @ directions
         torch.save(z / z.std(), path)
-    parts = {name: (group[rows], target[rows]) for name in FONTS for rows in [getattr(split, name)]}
-    return Data("species", len(data.classes), torch.load(path), parts)
+    return Data("species", len(known), torch.load(path), parts)
 
 
 def _glyphs(name: str, cache: Path) -> Data:
     data = glyphs.load(cache)
-    rng = np.random.default_rng(SEED)
-    order = rng.permutation(len(data.target))
-    order = order[np.argsort(data.target[order], kind="stable")]  # shuffled within each class
-    count = np.bincount(data.target)
+    # One row of each (class, drawing), classes with enough of them, shuffled within a class.
+    label, group = np.unique(np.stack([data.target, data.group]), axis=1)
+    order = np.random.default_rng(SEED).permutation(len(label))
+    order = order[np.argsort(label[order], kind="stable")]
+    count, width = np.bincount(label), sum(DRAWINGS.values())
     rank = np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
-    fonts = sum(FONTS.values())
-    rows = order[(rank < fonts) & np.repeat(count >= fonts, count)].reshape(-1, fonts)  # [C, fonts]
+    rows = order[(rank < width) & np.repeat(count >= width, count)].reshape(-1, width)  # [C, drawings]
     classes = len(rows)
-    images = torch.from_numpy(data.inputs[data.group[rows]]).float().div_(255)  # [C, fonts, pixels]
-    images = images.view(-1, 1, glyphs.SIZE, glyphs.SIZE)
+    images = torch.from_numpy(data.inputs[group[rows]]).float().div_(255)
+    images = images.view(classes, width, 1, glyphs.SIZE, glyphs.SIZE)
     inputs, parts, start, first = [], {}, 0, 0
-    for part, width in FONTS.items():
-        chosen = images.view(classes, fonts, *images.shape[1:])[:, first : first + width].flatten(0, 1)
-        copies = VARIANTS if part == "train" else 1
+    for part, many in DRAWINGS.items():
+        chosen, copies = images[:, first : first + many].flatten(0, 1), VARIANTS if part == "train" else 1
         made = torch.cat([distort(chosen, first * VARIANTS + copy) for copy in range(copies)])
-        label = torch.arange(classes).repeat_interleave(width).repeat(copies)
-        keep = _kept(name, label, classes) if part == "train" else torch.arange(len(label))
+        target = torch.arange(classes).repeat_interleave(many).repeat(copies)
+        keep = _kept(name, target, classes) if part == "train" else torch.arange(len(target))
         inputs.append(made[keep])
-        parts[part] = (torch.arange(start, start + len(keep)), label[keep])
-        start, first = start + len(keep), first + width
+        parts[part] = (torch.arange(start, start + len(keep)), target[keep])
+        start, first = start + len(keep), first + many
     if name == "noisy glyphs":  # the test's labels are right
-        parts |= {part: (parts[part][0], wrong_labels(parts[part][1], classes)) for part in ("train", "val")}
+        for seed, part in enumerate(("train", "val"), SEED):
+            parts[part] = parts[part][0], wrong_labels(parts[part][1], classes, seed)
     return Data(name, classes, torch.cat(inputs), parts)
 
 
-def _kept(name: str, label: Tensor, classes: int) -> Tensor:
-    """Which training images are used: one variant of each font; or the n_j of a tail that falls from all to one."""
-    fonts = FONTS["train"]
+def _kept(name: str, target: Tensor, classes: int) -> Tensor:
+    """Which training images are used: KEPT variants of each drawing; or n_j of class j, which fall from all to one."""
     if name != "long-tailed glyphs":
-        return torch.arange(classes * fonts)
-    most = fonts * VARIANTS
+        return torch.arange(classes * DRAWINGS["train"] * KEPT)
+    most = DRAWINGS["train"] * VARIANTS
     generator = torch.Generator().manual_seed(SEED)
     place = torch.randperm(classes, generator=generator)  # of each class in the order of frequencies
     count = (most ** (1 - place / (classes - 1))).round().long()
-    shuffled = torch.randperm(len(label), generator=generator)
-    shuffled = shuffled[label[shuffled].argsort(stable=True)]
-    rank = torch.arange(len(label)) - label[shuffled] * most
-    return shuffled[rank < count[label[shuffled]]].sort().values
+    shuffled = torch.randperm(len(target), generator=generator)
+    shuffled = shuffled[target[shuffled].argsort(stable=True)]
+    rank = torch.arange(len(target)) - target[shuffled] * most
+    return shuffled[rank < count[target[shuffled]]].sort().values
 
 
-def wrong_labels(label: Tensor, classes: int) -> Tensor:
+def wrong_labels(label: Tensor, classes: int, seed: int) -> Tensor:
     """Each label drawn anew, with probability WRONG, from its group of GROUP classes (the last group may be smaller)."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     first = label // GROUP * GROUP
     size = (classes - first).clamp(max=GROUP)
     drawn = first + (torch.rand(label.shape, generator=generator) * size).long()
