@@ -1,6 +1,6 @@
 # The set-up of everything: each target makes .venv, installs the pinned requirements and builds the C++ kernels in
 # place. Where python3 has torch >= 2.11 already (a GPU machine without network) it is used as it is.
-.PHONY: help build test demo bench bench-full tables lint format gpu clean
+.PHONY: help build test demo study bench bench-full tables lint format gpu clean
 
 HAS_TORCH := $(shell python3 -c "from importlib.metadata import version as v; \
 	print(tuple(map(int, v('torch').split('+')[0].split('.')[:2])) >= (2, 11))" 2>/dev/null)
@@ -16,10 +16,11 @@ export PYTHONPATH := $(CURDIR)
 SHELL := /bin/bash
 
 help:
-	@echo "make test | demo | bench | bench-full | tables | gpu | lint | format | build | clean"
+	@echo "make test | demo | study | bench | bench-full | tables | gpu | lint | format | build | clean"
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
+	echo $(CURDIR) > $$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/topk_fast_checkout.pth
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	# Apart, for the test of timm's snippet alone: its torchvision, beside a CPU build of torch, breaks others' imports.
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/timm \
@@ -34,6 +35,12 @@ test: build
 
 demo: build
 	$(PYTHON) examples/demo.py $(ARGS)
+
+# Seven losses on four data sets: hours, and it goes on where it was interrupted.
+study: build
+	$(PYTHON) examples/study.py $(ARGS)
+	$(PYTHON) examples/study.py --collect benchmarks/results/study.json
+	$(MAKE) tables
 
 # A look in two minutes: micro-benchmarks and the goals; prints only. bench-full writes benchmarks/results (half an hour).
 bench: build

@@ -11,6 +11,7 @@ the mean over B decides whether the hinge is open, which biases g. Repetitions a
 
 import argparse
 import itertools
+import math
 
 import pytopk
 import torch
@@ -37,32 +38,33 @@ def row(length: int, true: float) -> tuple[Tensor, Tensor]:
     return scores, torch.zeros(1, dtype=torch.long)
 
 
-def exact(scores: Tensor, samples: int) -> tuple[Tensor, float, float]:
-    """p [L], E v, and the standard error of E v, from `samples` samples of a row's noised top-(K+1)."""
+def exact(scores: Tensor, samples: int, seed: int) -> tuple[Tensor, float, float]:
+    """p [L], E v and the standard deviation of v, from `samples` samples of a row's noised top-(K+1)."""
     rows, per_row = max(1, samples // 100), min(samples, 100)
     values, classes = functional.noised_topk_candidates(
-        scores.expand(rows, -1), K + 1, EPSILON, per_row, seed=1, sampler="dense"
+        scores.expand(rows, -1), K + 1, EPSILON, per_row, seed=seed, sampler="dense"
     )
     v = values[..., -1].double().flatten()
     p = classes[..., -1].flatten().bincount(minlength=scores.shape[1]).double() / v.numel()
-    return p, v.mean().item(), (v.std() / v.numel() ** 0.5).item()
+    return p, v.mean().item(), v.std().item()
 
 
 def true_score(activation: float, samples: int) -> float:
     """The true class's score that makes 1 + E v - s_y what is asked for, by fixed-point steps: v depends little on s_y."""
     true = 2.0
     for _ in range(8):
-        true = 1 - activation + exact(row(LENGTH, true)[0], samples)[1]
+        true = 1 - activation + exact(row(LENGTH, true)[0], samples, seed=0)[1]
     return true
 
 
-def gradients(scores: Tensor, target: Tensor, n_sample: int, repetitions: int, seed: int) -> Tensor:
-    """Gradients of as many losses of one row with noises of their own: [repetitions, L]."""
+def gradients(scores: Tensor, target: Tensor, n_sample: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
+    """Gradients of as many losses of one row with noises of their own, [repetitions, L], and the share that is not 0."""
     leaf = scores.repeat(repetitions, 1).requires_grad_()
     loss = functional.bal_noised_topk_loss(
-        leaf, target.expand(repetitions), K, EPSILON, n_sample, seed=seed, reduction="sum"
+        leaf, target.expand(repetitions), K, EPSILON, n_sample, seed=seed, reduction="none"
     )
-    return torch.autograd.grad(loss, leaf)[0].double()
+    share = (loss > 0).double().mean().item()
+    return torch.autograd.grad(loss.sum(), leaf)[0].double(), share
 
 
 def moments(g: Tensor, limit: Tensor, excess: float) -> dict:
@@ -87,20 +89,21 @@ def quality(samples: int, repetitions: int) -> list[dict]:
     out = []
     for name, wanted in ROWS.items():
         scores, target = row(LENGTH, true_score(wanted, samples))
-        p, value, error = exact(scores, samples)
-        activation = 1 + value - scores[0, 0].item()
+        p, value, deviation = exact(scores, samples, seed=1)
+        activation, error = 1 + value - scores[0, 0].item(), deviation / samples**0.5
         # At the kink the limit has no sign to follow: the mean of both sides is what large B tends to.
         gate = float(activation > 0) if wanted else 0.5
-        limit = gate * (p - torch.eye(LENGTH, dtype=torch.double)[0])
+        side = p - torch.eye(LENGTH, dtype=torch.double)[0]
         unit = 1 - p.square().sum().item()
         case = {"row": name, "activation": activation, "activation_error": error, "unit_variance": unit}
         for seed, n_sample in enumerate(SAMPLES, 2):
-            g = gradients(scores, target, n_sample, repetitions, seed)
-            out.append(
-                case
-                | {"n_sample": n_sample, "open": (g[:, 0] < 0).double().mean().item()}
-                | moments(g, limit, gate**2 * unit / samples)
-            )
+            g, share = gradients(scores, target, n_sample, repetitions, seed)
+            found = moments(g, gate * side, gate**2 * unit / samples)
+            # How far the error of a moves the share of open hinges, whose argument is nearly normal.
+            width = deviation / n_sample**0.5
+            moved = error * math.exp(-0.5 * (activation / width) ** 2) / (width * (2 * math.pi) ** 0.5)
+            found["bias_squared_error"] += moved**2 * side.square().sum().item()
+            out.append(case | {"n_sample": n_sample, "open": share} | found)
     return out
 
 
@@ -112,9 +115,9 @@ def second_of_variance(n: int, length: int, repeats: int, seconds: float) -> lis
         losses["topk_fast", b] = lambda s, t, b=b: functional.bal_noised_topk_loss(s, t, K, EPSILON, b)
         if n * length * b <= PYTOPK_ENTRIES:
             losses["pytopk", b] = pytopk.BalNoisedTopK(K, EPSILON, b)
+    for b in TIMED_SAMPLES:
+        harness.gate({name: f for (name, at), f in losses.items() if at == b}, scores, target, K, b, EPSILON)
     steps = {key: [lambda f=f: harness.step(f, scores, target)] for key, f in losses.items()}
-    for run in steps.values():
-        run[0]()  # warms up
     samples, _ = harness.interleaved(steps, "cpu", repeats, seconds)
     out = []
     for (name, b), times in samples.items():
@@ -132,15 +135,16 @@ def _gradient(loss, scores: Tensor, target: Tensor) -> Tensor:
     return scores.grad.double() * len(target)
 
 
-def differences(length: int = 60, n: int = 12) -> list[dict]:
+def differences(length: int = 300, n: int = 12) -> list[dict]:
     """Largest difference of analytic and central-difference gradients in float64, at a fixed seed; largest row sum."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(n, length, generator=generator, dtype=torch.double)
     target = torch.randint(length, (n,), generator=generator)
     margins = 0.3 * torch.rand(length, generator=generator)
     out = []
-    for kind, k, n_sample, epsilon in itertools.product(("balanced", "imbalanced"), (1, 5), (3, 10), (0.0, 0.3, 3.0)):
-        common = dict(epsilon=epsilon, n_sample=n_sample, seed=3, reduction="none")
+    options = itertools.product(("balanced", "imbalanced"), (1, 5), (3, 10), (0.0, 0.3, 3.0), ("thinned", "dense"))
+    for kind, k, n_sample, epsilon, sampler in options:
+        common = dict(epsilon=epsilon, n_sample=n_sample, seed=3, reduction="none", sampler=sampler)
 
         def loss(s, kind=kind, k=k, common=common):
             if kind == "balanced":
@@ -155,7 +159,7 @@ def differences(length: int = 60, n: int = 12) -> list[dict]:
             shift[j] = h
             numeric[:, j] = (loss(scores + shift) - loss(scores - shift)) / (2 * h)
         out.append(
-            {"loss": kind, "k": k, "n_sample": n_sample, "epsilon": epsilon, "h": h}
+            {"loss": kind, "k": k, "n_sample": n_sample, "epsilon": epsilon, "sampler": sampler, "L": length, "h": h}
             | {"largest_entry": analytic.abs().max().item(), "largest_error": (analytic - numeric).abs().max().item()}
             | {"largest_row_sum": analytic.sum(1).abs().max().item(), "densest_row": int((analytic != 0).sum(1).max())}
         )

@@ -107,28 +107,38 @@ def ours(device: str) -> list[str]:
     return [name for name in names if name != "torch" and (device, name) != ("cpu", "triton")] or ["torch"]
 
 
-def gate(losses: dict[str, Callable], scores: Tensor, target: Tensor, k: int, n_sample: int, epsilon: float) -> dict:
-    """SystemExit unless all is right; returns why some losses cannot be tried, by name.
+def gate(
+    losses: dict[str, Callable], scores: Tensor, target: Tensor, k: int, n_sample: int, epsilon: float
+) -> tuple[dict[str, str], set[str]]:
+    """SystemExit unless all is right; returns why some peers cannot be tried, by name, and who overwrites its scores.
 
     Equal bits: losses and gradients of every backend and the reference, in the first rows (all, where the reference is
-    quick). Finite: each loss and its gradient, in one step, which also warms up and compiles. Mean: pytopk's, if it is
-    there, and ours within 5 standard errors, in rows that it takes no minutes for.
+    quick). Finite: each loss and its gradient, in one step, which also warms up and compiles; a peer that fails is left out
+    with its error. Mean: pytopk's, if it is there, and ours within 5 standard errors, in rows that it takes no minutes for.
     """
     some = 2**18 // scores.shape[1]
     few, fewer = slice(max(8, some)), slice(max(2, some))
     _check_equality(scores.detach()[few], target[few], k, n_sample, epsilon)
-    left_out = {}
+    left_out, overwriting, before = {}, set(), scores.detach().clone()
     for name, loss in losses.items():
-        value, reason = attempt(step, loss, scores, target)
+        try:
+            value, reason = attempt(step, loss, scores, target)
+        except Exception as error:
+            if name.startswith("topk_fast") or name in ours(scores.device.type):
+                raise
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if reason:
             left_out[name] = reason
         elif not (value.isfinite() and scores.grad.isfinite().all()):
             raise SystemExit(f"{name} has a loss or gradient that is not finite: nothing was timed")
+        if not torch.equal(scores.detach(), before):
+            overwriting.add(name)
+            scores.data.copy_(before)
     scores.grad = None
     if "pytopk" in losses and "pytopk" not in left_out:
         loss = topk_fast.BalNoisedTopK(k, epsilon, n_sample)
         _check_mean(losses["pytopk"], loss, scores.detach()[fewer], target[fewer])
-    return left_out
+    return left_out, overwriting
 
 
 def _check_equality(scores, target, k, n_sample, epsilon):

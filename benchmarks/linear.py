@@ -94,12 +94,9 @@ def check_equality(N, D, L, dtype):
 class Step:
     """Forward, backward and the optimizer's step of one candidate, apart."""
 
-    def __init__(self, name, x, weight, y, with_optimizer=True):
+    def __init__(self, name, x, weight, y, optimizer=None):
         self.loss_of, self.x, self.weight, self.y = candidates()[name], x, weight, y
-        if with_optimizer:
-            optimizer = torch.optim.SparseAdam if name == SPARSE else torch.optim.Adam
-            self.optimizer = optimizer([weight], lr=1e-6)
-        self.loss = None
+        self.optimizer, self.loss = optimizer, None
 
     def forward(self):
         self.x.grad = self.weight.grad = None
@@ -111,14 +108,22 @@ class Step:
     def update(self):
         self.optimizer.step()
 
+    def drop(self):
+        """Let go of what a pass that failed has left."""
+        self.x.grad = self.weight.grad = self.loss = None
+
 
 def measure(case, repeats: int) -> dict:
     """Quartiles of the milliseconds of each candidate's passes, or "out of memory"."""
     x, weight, y = batch(**case)
-    steps = {name: Step(name, x, weight, y) for name in candidates()}
+    dense, sparse = torch.optim.Adam([weight], lr=1e-6), torch.optim.SparseAdam([weight], lr=1e-6)
+    steps = {name: Step(name, x, weight, y, sparse if name == SPARSE else dense) for name in candidates()}
     passes = {name: [step.forward, step.backward, step.update] for name, step in steps.items()}
-    # The first run warms up and compiles.
-    fitting = {name: runs for name, runs in passes.items() if not memory.attempt(harness.timed, runs, DEVICE)[1]}
+    fitting = {}
+    for name, step in steps.items():
+        if memory.attempt(harness.timed, passes[name], DEVICE)[1] is None:  # the first run warms up and compiles
+            fitting[name] = passes[name]
+        step.drop()
     samples, _ = harness.interleaved(fitting, DEVICE, repeats)
     out = dict.fromkeys(passes, "out of memory")
     for name, rows in samples.items():
@@ -130,7 +135,7 @@ def measure(case, repeats: int) -> dict:
 
 
 def memory_step(name, case, small):
-    step = Step(name, *batch(**(case | dict(N=4, D=16, L=300) if small else case)), with_optimizer=False)
+    step = Step(name, *batch(**(case | dict(N=4, D=16, L=300) if small else case)))
 
     def run():
         step.forward()

@@ -1,7 +1,7 @@
 """The losses that topk_fast is compared with: from their own packages where there are some, else written from their papers.
 
 ``PEERS`` names each with a statement of what is compared. The classes here take scores [N, L] and a target [N] and
-return the mean over the rows; they are plain PyTorch, as their authors' code is, and no faster than it has to be.
+return the mean over the rows; they are plain PyTorch, as their authors' code is.
 """
 
 import importlib.util
@@ -232,11 +232,27 @@ def _difftopk(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
 
     # Half on top-1 by softmax, half on top-k, among the m best scores: the form for many classes of the paper.
     weights = [1.0] if case.k == 1 else [0.5, *[0.0] * (case.k - 2), 0.5]
-    m = min(case.L - 1, max(16, 2 * case.k))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return difftopk.TopKCrossEntropyLoss(
-        "odd_even", inverse_temperature=2.0, p_k=weights, n=case.L, m=m, distribution="cauchy", device=device
-    )
+    m, made = min(case.L - 1, max(16, 2 * case.k)), {}
+
+    def loss(scores: Tensor, target: Tensor) -> Tensor:
+        device = scores.device
+        if device not in made:
+            made[device] = difftopk.TopKCrossEntropyLoss(
+                "odd_even", inverse_temperature=2.0, p_k=weights, n=case.L, m=m, distribution="cauchy", device=device
+            )
+        return made[device](scores, target)
+
+    return loss
+
+
+def _authors_svm(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    from difftopk.smooth_topk import Topk_Smooth_SVM
+
+    def loss(scores: Tensor, target: Tensor) -> Tensor:
+        classes = torch.arange(case.L, device=scores.device)
+        return Topk_Smooth_SVM(classes, k=case.k, tau=1.0)(scores, target).mean()
+
+    return loss
 
 
 def _entmax(loss: str) -> Callable[[Case], nn.Module]:
@@ -268,31 +284,41 @@ PEERS = {
             "this package's imbalanced loss, a margin for each class",
         ),
         Peer("pytopk", _pytopk, "the same balanced loss by its authors' package: the reference", _pytopk_fits),
-        Peer("cross-entropy", lambda c: F.cross_entropy, "what most train with; eager mode, no top-k in it"),
+        Peer("cross-entropy", lambda c: F.cross_entropy, "what most train with; eager mode, no top-K in it"),
         Peer("cross-entropy compiled", _compiled, "the same under torch.compile, one graph a shape"),
-        Peer("focal", lambda c: FocalLoss(), "cross-entropy that turns to the hard rows; gamma 2"),
+        Peer("focal", lambda c: FocalLoss(), "cross-entropy that turns to the hard rows; gamma 2; plain PyTorch"),
         Peer(
             "LDAM",
             lambda c: LDAMLoss(c.cls_num_list()),
-            "cross-entropy with a margin for each class: the usual answer to long tails",
+            "cross-entropy with a margin for each class: the usual answer to long tails; plain PyTorch",
         ),
         Peer(
             "logit-adjusted",
             lambda c: LogitAdjustedCrossEntropy(c.cls_num_list()),
-            "cross-entropy shifted by the classes' frequencies; tau 1",
+            "cross-entropy shifted by the classes' frequencies; tau 1; plain PyTorch",
         ),
         Peer(
             "smooth top-K SVM",
             lambda c: SmoothTopKSVM(c.k),
-            "the smoothing of the top-K hinge before the noised one; all K-sets, tau 1",
+            "the smoothing of the top-K hinge before the noised one; all K-sets, tau 1; our PyTorch for its polynomials",
             _smooth_svm_fits,
+        ),
+        Peer(
+            "smooth top-K SVM (authors')",
+            _authors_svm,
+            "the same by its authors' code, which travels with difftopk",
+            lambda case, device: _package("difftopk")(case, device) or _smooth_svm_fits(case, device),
         ),
         Peer(
             "Yang & Koyejo",
             lambda c: topk_fast.BalNoisedTopK(c.k, 0.0, 1),
             "the calibrated top-K hinge without smoothing (ICML 2020): this package's with epsilon 0",
         ),
-        Peer("LapSum", lambda c: LapSumTopKLoss(c.k), "a deterministic soft top-K by one full sort; alpha 1"),
+        Peer(
+            "LapSum",
+            lambda c: LapSumTopKLoss(c.k),
+            "-ln of a deterministic soft top-K membership, by one full sort; alpha 1; plain PyTorch",
+        ),
         Peer(
             "difftopk",
             _difftopk,

@@ -72,7 +72,9 @@ def legend(axes: Axes) -> None:
 def time_length(figure) -> None:
     axes = figure.subplots()
     curves(axes, "length", "L", lambda c, name: median(c, name) / (c["N"] * c["L"]) * 1e6)
-    axes.set(xlabel="classes L", ylabel="ns a score, forward + backward")
+    axes.set(ylabel="ns a score, forward + backward")
+    rows = [c["N"] for c in result("cpu")["cases"] if c["group"] == "length"]
+    axes.set_xlabel(f"classes L (N from {max(rows)} rows down to {min(rows)})")
     legend(axes)
 
 

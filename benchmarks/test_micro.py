@@ -5,6 +5,7 @@ Process CPU time of one thread. `make test` does not collect this file; `make be
     python -m pytest benchmarks/test_micro.py --benchmark-enable -k "step and 1000"
 """
 
+import itertools
 import time
 
 import pytest
@@ -62,18 +63,20 @@ def test_loss(benchmark, batches, part, shape, name):
 def test_op(benchmark, batches, op, shape, backend):
     benchmark.group = f"op {op} {shape[0]} x {shape[1]}"
     scores, target = batches[shape][0].detach(), batches[shape][1]
-    seed, suffix = torch.tensor(1), ops.suffix(backend, scores, K + 1)
-    search = (K + 1, EPSILON, N_SAMPLE)
+    suffix, seeds = ops.suffix(backend, scores, K + 1), itertools.cycle(torch.arange(64).unbind())
+    search = (K + 1, EPSILON, N_SAMPLE)  # with other noise in each round: the CPU would learn the branches of one
     if op == "candidates":
-        out = benchmark(ops.kernel(op, suffix), scores, seed, *search, 0, 0, False)
+        out = benchmark(lambda: ops.kernel(op, suffix)(scores, next(seeds), *search, 0, 0, False))
         assert out[0].shape == (shape[0], N_SAMPLE, K + 1)
         return
-    arguments = (scores, target, None, seed, *search, 1.0, -100, False)
+
+    def search_rows():
+        return ops.kernel("loss", suffix)(scores, target, None, next(seeds), *search, 1.0, -100, False)
+
     if op == "loss":
-        losses = benchmark(ops.kernel(op, suffix), *arguments)[0]
-        assert losses.shape == target.shape
+        assert benchmark(search_rows)[0].shape == target.shape
         return
-    losses, classes, _ = ops.kernel("loss", suffix)(*arguments)
+    losses, classes, _ = search_rows()
     grad = benchmark(
         ops.kernel(op, suffix), torch.ones_like(losses), losses, classes, target, 1.0, 0, shape[1], scores.dtype
     )

@@ -69,7 +69,7 @@ def test_unknown_kind():
 
 
 def gate(losses, kind="normal"):
-    return harness.gate(losses, *scores_and_target(kind), CASE.k, CASE.n_sample, CASE.epsilon)
+    return harness.gate(losses, *scores_and_target(kind), CASE.k, CASE.n_sample, CASE.epsilon)[0]
 
 
 @pytest.mark.parametrize("kind", ["normal", "flat", "spiky"])
@@ -113,6 +113,28 @@ def test_gate_sees_what_is_not_finite(wrong):
 
     with pytest.raises(SystemExit, match="bad has a loss or gradient that is not finite"):
         gate({"good": F.cross_entropy, "bad": peer})
+
+
+def test_gate_notes_who_overwrites_its_scores():
+    def peer(scores, target):
+        loss = F.cross_entropy(scores.clone(), target)
+        scores.data.zero_()
+        return loss
+
+    scores, target = scores_and_target()
+    before = scores.detach().clone()
+    losses = {"overwriting": peer, "cross-entropy": F.cross_entropy}
+    assert harness.gate(losses, scores, target, CASE.k, CASE.n_sample, CASE.epsilon) == ({}, {"overwriting"})
+    assert torch.equal(scores, before)
+
+
+def test_gate_leaves_out_a_peer_that_fails_but_not_one_of_ours():
+    def broken(scores, target):
+        raise TypeError("no such dtype\nand more")
+
+    assert gate({"peer": broken}) == {"peer": "TypeError: no such dtype"}
+    with pytest.raises(TypeError, match="no such dtype"):
+        gate({"topk_fast": broken})
 
 
 def too_large(*_):

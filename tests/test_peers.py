@@ -46,11 +46,10 @@ def test_smooth_svm_is_the_sum_over_all_sets(scores, k, tau):
 
 @pytest.mark.parametrize("length", [37, 300])
 def test_smooth_svm_is_its_authors(length):
-    smooth = pytest.importorskip("difftopk.smooth_topk", reason="their code travels with difftopk")
     generator = torch.Generator().manual_seed(length)
     scores = 5 * torch.randn(8, length, generator=generator)
     target = torch.randint(length, (8,), generator=generator)
-    theirs = smooth.Topk_Smooth_SVM(torch.arange(length), k=5, alpha=1.0, tau=1.0)(scores, target).mean()
+    theirs = PEERS["smooth top-K SVM (authors')"].make(Case(8, length))(scores, target)
     torch.testing.assert_close(peers.SmoothTopKSVM(5, 1.0)(scores, target), theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -120,7 +119,6 @@ def test_peers_run(name, k):
 
 
 def test_peers_that_do_not_fit_say_why():
-    assert "pytopk" not in PEERS["topk_fast"].compared
     assert "too many" in PEERS["pytopk"].fits(Case(64, 1_000_000, n_sample=20), "cpu")
     assert "GiB" in PEERS["smooth top-K SVM"].fits(Case(64, 1_000_000, k=20), "cpu")
     assert "cuda alone" in PEERS["Liger"].fits(Case(2, 10), "cpu")
