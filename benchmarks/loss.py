@@ -46,6 +46,7 @@ BASIC = ("topk_fast", "cross-entropy", "pytopk")
 # Beside BASIC, those whose memory grows otherwise with L than their scores.
 HEAVY = (*BASIC, "smooth top-K SVM", "LapSum")
 ALL = tuple(PEERS)
+SECONDS = {("cpu", "full"): 0.7, ("cpu", "quick"): 0.3, ("cuda", "full"): 0.1, ("cuda", "quick"): 0.3}
 # Left out of peak memory on CPU: compiling takes more than the step.
 NO_MEMORY = ("cross-entropy compiled",)
 
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--peers", nargs="+", metavar="NAME", help=f"only these: {', '.join(ALL)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--once", action="store_true", help="one step of our backends a shape; no figures")
-    parser.add_argument("--seconds", type=float, help="for each loss in a case, warm-up aside; default 0.7, quick 0.3")
+    parser.add_argument("--seconds", type=float, help=f"for each loss in a case, warm-up aside; default {SECONDS}")
     parser.add_argument(
         "--out", type=Path, help="where the JSON goes; on CPU only the whole full set writes one by default"
     )
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None):
             entry = entry._replace(names=tuple(name for name in entry.names if name in args.peers))
         if args.device == "cuda":
             torch.cuda.empty_cache()
-        result = measure(entry, args.device, args.seconds or (0.3 if args.set == "quick" else 0.7))
+        result = measure(entry, args.device, args.seconds or SECONDS[args.device, args.set])
         if args.device == "cuda":
             floor = 2 * entry.case.N * entry.case.L * getattr(torch, entry.case.dtype).itemsize
             floor_ms = 1e3 * floor / report["copy_bytes_per_second"]

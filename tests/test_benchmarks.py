@@ -16,6 +16,7 @@ import harness  # noqa: E402
 import linear  # noqa: E402
 import loss  # noqa: E402
 import memory  # noqa: E402
+import tables  # noqa: E402
 from peers import PEERS, Case  # noqa: E402
 from topk_fast import BalNoisedTopK  # noqa: E402
 
@@ -352,3 +353,43 @@ def test_linear_keeps_the_form_of_its_result():
     assert set(ms) <= set(committed) and linear.OURS in ms
     for name, parts in ms.items():
         assert list(parts) == list(committed[name]) and set(committed[name]["both"]) <= set(parts["both"])
+
+
+# Tables
+
+
+def seeds(*values):
+    return [{"top-1": value} for value in values]
+
+
+def test_bold_is_what_the_seeds_do_not_tell_from_the_best():
+    runs = {"best": seeds(0.80, 0.81, 0.82), "like it": seeds(0.79, 0.81, 0.80), "worse": seeds(0.60, 0.61, 0.62)}
+    cells = tables.accuracy_cells(runs, "top-1")
+    assert cells == {"best": "**81.0 ± 1.0**", "like it": "**80.0 ± 1.0**", "worse": "61.0 ± 1.0"}
+
+
+def test_seeds_that_all_agree_need_no_test_statistic():
+    assert tables.differs(seeds(0.5, 0.5), seeds(0.6, 0.6), "top-1")
+    assert not tables.differs(seeds(0.5, 0.5), seeds(0.5, 0.5), "top-1")
+
+
+def test_what_did_not_fit_stands_in_the_linear_table(monkeypatch):
+    quartiles = {"lower": 1.0, "median": 2.0, "upper": 3.0}
+    ms = dict.fromkeys(("forward", "backward", "both", "optimizer"), quartiles)
+    case = {
+        "N": 1,
+        "D": 2,
+        "L": 3,
+        "ms": {tables.PLAIN: ms, "large": "out of memory"},
+        "peak_bytes": {tables.PLAIN: 2**20},
+    }
+    environment = dict.fromkeys(("cpu", "torch", "commit", "date"), "x")
+    monkeypatch.setattr(tables, "result", lambda name: {"cases": [case], "environment": environment})
+    lines = tables.linear_table().splitlines()
+    assert "| 1, 2, 3 | large |  |  |  |  | out of memory |" in lines
+    assert any("2 ms (1.00) | 2.0 ms | 1 MiB (1.00)" in line for line in lines)
+
+
+def test_a_time_that_is_missing_says_why():
+    with pytest.raises(KeyError, match="pytopk has no time at N, L = 64, 100: too many"):
+        tables.median({"N": 64, "L": 100, "ms": {}, "left_out": {"pytopk": "too many"}}, "pytopk")
