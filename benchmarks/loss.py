@@ -193,7 +193,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--peers", nargs="+", metavar="NAME", help=f"only these: {', '.join(ALL)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--once", action="store_true", help="one step of our backends a shape; no figures")
-    parser.add_argument("--seconds", type=float, help=f"for each loss in a case, warm-up aside; default {SECONDS}")
+    parser.add_argument(
+        "--seconds", type=float, help="for each loss in a case, warm-up aside; default by set and device"
+    )
     parser.add_argument(
         "--out", type=Path, help="where the JSON goes; on CPU only the whole full set writes one by default"
     )
