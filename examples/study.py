@@ -147,7 +147,7 @@ def jobs(config: dict, data: str, done: list[dict]) -> tuple[list[dict], list[di
                 job(f"ablation of {key}", loss, best | {key: value}, seed)
                 for key, values in config["ablations"].get(loss, {}).items()
                 for value in values
-                for seed in config["seeds"]
+                for seed in config["ablations"]["seeds"]
             ]
     return wanted, [job for job in wanted if key_of(job) not in have]
 

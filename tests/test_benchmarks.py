@@ -359,18 +359,21 @@ def test_linear_keeps_the_form_of_its_result():
 
 
 def seeds(*values):
-    return [{"top-1": value} for value in values]
+    return [{"top-1": value, "seed": seed} for seed, value in enumerate(values)]
 
 
 def test_bold_is_what_the_seeds_do_not_tell_from_the_best():
-    runs = {"best": seeds(0.80, 0.81, 0.82), "like it": seeds(0.79, 0.81, 0.80), "worse": seeds(0.60, 0.61, 0.62)}
+    runs = {"best": seeds(0.80, 0.81, 0.82), "like it": seeds(0.79, 0.81, 0.80), "worse": seeds(0.60, 0.62, 0.61)}
     cells = tables.accuracy_cells(runs, "top-1")
     assert cells == {"best": "**81.0 ± 1.0**", "like it": "**80.0 ± 1.0**", "worse": "61.0 ± 1.0"}
 
 
-def test_seeds_that_all_agree_need_no_test_statistic():
-    assert tables.differs(seeds(0.5, 0.5), seeds(0.6, 0.6), "top-1")
-    assert not tables.differs(seeds(0.5, 0.5), seeds(0.5, 0.5), "top-1")
+def test_losses_are_compared_seed_by_seed():
+    best = seeds(0.50, 0.60, 0.70)
+    assert tables.falls_short(seeds(0.49, 0.59, 0.685), best, "top-1")  # a little, but on every seed
+    assert not tables.falls_short(seeds(0.40, 0.70, 0.69), best, "top-1")
+    assert tables.falls_short(list(reversed(seeds(0.49, 0.59, 0.685))), best, "top-1")  # in whatever order they ran
+    assert tables.falls_short(seeds(0.4, 0.5, 0.6), best, "top-1") and not tables.falls_short(best, best, "top-1")
 
 
 def test_what_did_not_fit_stands_in_the_linear_table(monkeypatch):
