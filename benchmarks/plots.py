@@ -9,7 +9,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from tables import BALANCED, IMBALANCED, NAMES, NOISED, digest, median, result, runs_of, spread  # noqa: E402
+from tables import BALANCED, IMBALANCED, NAMES, NOISED, bias_is_seen, digest, median, result, runs_of, spread  # noqa: E402
 
 GREY = "#808080"
 # Okabe and Ito's colours, those that are too dark or too pale for one of the grounds replaced; markers do without colour.
@@ -160,7 +160,7 @@ def gradient(figure) -> None:
         b = [q["n_sample"] for q in points]
         a = points[0]["activation"]
         left.plot(b, [q["variance"] for q in points], color=colour, marker=marker, label=f"variance, a = {a:.1f}")
-        seen = [(q["n_sample"], q["bias_squared"]) for q in points if q["bias_squared"] > 2 * q["bias_squared_error"]]
+        seen = [(q["n_sample"], q["bias_squared"]) for q in points if bias_is_seen(q, report)]
         if seen:
             left.plot(*zip(*seen), color=colour, marker=marker, linestyle=":", label=f"bias², a = {a:.1f}")
     left.plot(b, [points[0]["unit_variance"] / x for x in b], color=GREY, linewidth=0.8, label="(1 - Σ p²) / B")

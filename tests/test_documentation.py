@@ -1,6 +1,7 @@
 """Every example of the README and of the docstrings runs and prints what it says; tables and plots are made from the results."""
 
 import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -23,6 +24,36 @@ def test_python_blocks_run(page):
     names = {}
     for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
         exec(compile(block, page, "exec"), names)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("tables")
+
+
+def test_tables_are_made_from_the_committed_results(tables):
+    shown = []
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text()
+        assert tables.filled(page) == text, f"{page} is stale: make tables"
+        shown += [mark[0] for mark in tables.MARK.findall(text)]
+    assert sorted(shown) == sorted(tables.TABLES)
+
+
+def test_plots_are_made_from_the_committed_results(tables, tmp_path):
+    plots = importlib.import_module("plots")
+    pages = " ".join((ROOT / page).read_text() for page in tables.PAGES)
+    for name, (_, results, _) in plots.PLOTS.items():
+        committed = (ROOT / "docs" / "img" / f"{name}.svg").read_text()
+        assert f"results {tables.digest(*results)}" in committed, f"{name}.svg is stale: make tables"
+        assert f"img/{name}.svg" in pages
+        plots.draw(name, tmp_path / f"{name}.svg")
+        labels = (
+            set(re.findall(r"<text[^>]*>([^<]+)</text>", t))
+            for t in (committed, (tmp_path / f"{name}.svg").read_text())
+        )
+        assert len(set(map(frozenset, labels))) == 1, name
 
 
 def test_public_functions_name_raises_and_example():
