@@ -42,7 +42,7 @@ study: build
 	$(PYTHON) examples/study.py --collect benchmarks/results/study.json
 	$(MAKE) tables
 
-# A look in two minutes: micro-benchmarks and the goals; prints only. bench-full writes benchmarks/results (half an hour).
+# A quick look: micro-benchmarks and the goals; prints only. bench-full writes benchmarks/results, on an idle machine.
 bench: build
 	$(PYTHON) -m pytest benchmarks/test_micro.py --benchmark-enable --benchmark-columns=min,median,iqr,rounds
 	$(PYTHON) benchmarks/loss.py $(ARGS)
