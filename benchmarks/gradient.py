@@ -26,7 +26,6 @@ SAMPLES = (1, 2, 5, 10, 20, 50, 100)
 LENGTH = 100
 ROWS = {"far": 4.0, "near": 0.3, "kink": 0.0}  # a of the three rows
 TIMED = [(128, 1000), (64, 10_000), (32, 100_000)]
-TIMED_SAMPLES = (1, 2, 5, 10, 20, 50, 100)
 PYTOPK_ENTRIES = 2**28  # of noise, beyond which a step of pytopk takes minutes and gigabytes
 EXACT, REPETITIONS = 1_000_000, 40_000
 
@@ -111,11 +110,11 @@ def second_of_variance(n: int, length: int, repeats: int, seconds: float) -> lis
     """For each B: the mean variance of a row's gradient, and the time of a step, with topk_fast and with pytopk."""
     scores, target = harness.scores_of("normal", n, length, "float32", "cpu")
     losses = {}
-    for b in TIMED_SAMPLES:
+    for b in SAMPLES:
         losses["topk_fast", b] = lambda s, t, b=b: functional.bal_noised_topk_loss(s, t, K, EPSILON, b)
         if n * length * b <= PYTOPK_ENTRIES:
             losses["pytopk", b] = pytopk.BalNoisedTopK(K, EPSILON, b)
-    for b in TIMED_SAMPLES:
+    for b in SAMPLES:
         harness.gate({name: f for (name, at), f in losses.items() if at == b}, scores, target, K, b, EPSILON)
     steps = {key: [lambda f=f: harness.step(f, scores, target)] for key, f in losses.items()}
     samples, _ = harness.interleaved(steps, "cpu", repeats, seconds)

@@ -1,7 +1,6 @@
 """The plots of tables.py: SVG on a transparent ground, in greys and colours that are legible on light and on dark."""
 
 from pathlib import Path
-from statistics import mean, stdev
 
 import matplotlib
 
@@ -9,7 +8,19 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from tables import BALANCED, IMBALANCED, NAMES, NOISED, bias_is_seen, digest, median, result, runs_of, spread  # noqa: E402
+from tables import (  # noqa: E402
+    BALANCED,
+    IMBALANCED,
+    NAMES,
+    NOISED,
+    ablation_runs,
+    bias_is_seen,
+    digest,
+    median,
+    result,
+    spread,
+    test_runs,
+)
 
 GREY = "#808080"
 # Okabe and Ito's colours, those that are too dark or too pale for one of the grounds replaced; markers do without colour.
@@ -102,8 +113,7 @@ def study(figure) -> None:
     report = result("study")
     sets, losses = list(report["config"]["data"]), list(report["config"]["losses"])
     for axes, data in zip(figure.subplots(1, len(sets), sharey=True), sets):
-        for place, loss in enumerate(reversed(losses)):
-            runs = runs_of(report, stage="test", data=data, loss=loss)
+        for place, runs in enumerate(reversed(test_runs(report, data).values())):
             for shift, (metric, colour, marker) in enumerate(
                 (("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"))
             ):
@@ -132,18 +142,11 @@ def ablations(figure) -> None:
             for metric, colour, marker in (
                 ("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"), ("few", COLOURS[2], "D"),
             ):  # fmt: skip
-                found = [
-                    [
-                        r[metric]
-                        for r in runs_of(report, stage=f"ablation of {key}", loss=loss)
-                        if r["settings"][key] == v
-                    ]
-                    for v in values
-                ]
+                found = [spread(ablation_runs(report, loss, key, value), metric) for value in values]
                 label = "few-shot top-5" if metric == "few" else metric
                 place = range(len(values))
                 axes.errorbar(
-                    place, [100 * mean(f) for f in found], [100 * stdev(f) for f in found],
+                    place, *zip(*found),
                     color=colour, marker=marker, capsize=2, label=label,
                 )  # fmt: skip
             axes.set_xticks(place, [f"{v:g}" for v in values])

@@ -95,9 +95,7 @@ def peers_table() -> str:
                 continue
             peak = c["peak_bytes"].get(name)
             ratio = median(c, name) / median(c, "cross-entropy")
-            row.append(
-                f"{ms(median(c, name))} ms ({ratio:.2g})" if ratio < 100 else f"{ms(median(c, name))} ms ({ratio:.0f})"
-            )
+            row.append(f"{ms(median(c, name))} ms ({ratio:{'.2g' if ratio < 100 else '.0f'}})")
             row.append("-" if peak is None else f"{peak / (4 * c['N'] * c['L']):.1f}")
         rows.append(row + [PEERS[name].compared])
     head = ["loss"]
@@ -157,6 +155,16 @@ def runs_of(report: dict, **wanted) -> list[dict]:
     return [r for r in report["runs"] if all(r[key] == value for key, value in wanted.items())]
 
 
+def test_runs(report: dict, data: str) -> dict[str, list[dict]]:
+    """The runs on the test rows of a data set, by loss."""
+    return {loss: runs_of(report, stage="test", data=data, loss=loss) for loss in report["config"]["losses"]}
+
+
+def ablation_runs(report: dict, loss: str, key: str, value: float) -> list[dict]:
+    """The runs of a loss with one setting at `value`."""
+    return [r for r in runs_of(report, stage=f"ablation of {key}", loss=loss) if r["settings"][key] == value]
+
+
 def spread(runs: list[dict], metric: str) -> tuple[float, float]:
     """Mean and standard deviation over seeds, in percent (of a metric in [0, 1])."""
     values = [100 * r[metric] for r in runs]
@@ -189,7 +197,7 @@ LONG_TAILED = ("species", "long-tailed glyphs")  # elsewhere shots differ by cha
 def study_table(metrics: list[str], data: str) -> str:
     """Test figures of each loss on a data set."""
     report = result("study")
-    runs = {loss: runs_of(report, stage="test", data=data, loss=loss) for loss in report["config"]["losses"]}
+    runs = test_runs(report, data)
     metrics = [m for m in metrics if m not in SHOTS or data in LONG_TAILED]
     columns = [accuracy_cells(runs, m) for m in metrics]
     rows = []
@@ -204,7 +212,7 @@ def study_short() -> str:
     report = result("study")
     losses, head, columns = list(report["config"]["losses"]), ["loss"], []
     for data in report["config"]["data"]:
-        runs = {loss: runs_of(report, stage="test", data=data, loss=loss) for loss in losses}
+        runs = test_runs(report, data)
         for metric in ("top-1", "macro top-5", *(("few",) if data in LONG_TAILED else ())):
             head.append(f"{data}: {HEADS.get(metric, metric)}")
             columns.append(accuracy_cells(runs, metric))
@@ -243,8 +251,8 @@ def settings_table() -> str:
     report = result("study")
     rows = []
     for data in report["config"]["data"]:
-        for loss in report["config"]["losses"]:
-            settings = runs_of(report, stage="test", data=data, loss=loss)[0]["settings"]
+        for loss, runs in test_runs(report, data).items():
+            settings = runs[0]["settings"]
             text = ", ".join(f"{key} = {value:g}" for key, value in settings.items() if key not in ("k", "n_sample"))
             rows.append([data, loss, text])
     return grid(["data", "loss", "settings"], rows)
@@ -258,9 +266,7 @@ def ablation_table() -> str:
     for loss in NOISED:
         for key, values in report["config"]["ablations"][loss].items():
             for value in values:
-                runs = [
-                    r for r in runs_of(report, stage=f"ablation of {key}", loss=loss) if r["settings"][key] == value
-                ]
+                runs = ablation_runs(report, loss, key, value)
                 cells = [spread(runs, m) for m in ("top-1", "top-5", "top-20", "macro top-5", "few")]
                 seconds = mean(r["seconds an epoch"] for r in runs)
                 rows.append(

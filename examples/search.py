@@ -24,16 +24,22 @@ SPACE = {
 }
 
 
-def draw_settings(name: str, trials: int, seed: int) -> list[Settings]:
-    """`trials` settings for the loss called `name`, each rounded to two digits."""
-    space = SPACE[name]
+def draw(space: dict[str, tuple[float, float]], trials: int, seed: int) -> list[dict[str, float]]:
+    """`trials` points of a box of (low, high), log-uniform, from a scrambled Sobol sequence, rounded to two digits."""
+    if not space:
+        return [{} for _ in range(trials)]
     points = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=seed).draw(trials).tolist()
 
     def place(key: str, u: float) -> float:
         low, high = space[key]
         return float(f"{low * (high / low) ** u:.2g}")
 
-    return [Settings(**{key: place(key, u) for key, u in zip(space, point)}) for point in points]
+    return [{key: place(key, u) for key, u in zip(space, point)} for point in points]
+
+
+def draw_settings(name: str, trials: int, seed: int) -> list[Settings]:
+    """`trials` settings for the loss called `name`."""
+    return [Settings(**point) for point in draw(SPACE[name], trials, seed)]
 
 
 def search(

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import study_data
 from evaluation import ranks
+from search import draw
 from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NormedLinear
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,15 +110,6 @@ def measure(model: nn.Module, data: study_data.Data, rows: Tensor, target: Tenso
     return {name: None if value is None else round(float(value), 5) for name, value in result.items()}
 
 
-def draw(space: dict[str, list[float]], trials: int, seed: int) -> list[dict[str, float]]:
-    """`trials` points of a box of (low, high), log-uniform, from a scrambled Sobol sequence, rounded to two digits."""
-    if not space:
-        return [{} for _ in range(trials)]
-    points = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=seed).draw(trials).tolist()
-    place = lambda low, high, u: float(f"{low * (high / low) ** u:.2g}")  # noqa: E731
-    return [{key: place(*space[key], u) for key, u in zip(space, point)} for point in points]
-
-
 def jobs(config: dict, data: str, done: list[dict]) -> tuple[list[dict], list[dict]]:
     """What a data set takes, as far as it is known, and what of it is left to do.
 
@@ -164,15 +156,6 @@ def records(folder: Path) -> list[dict]:
     return found
 
 
-def _start(cache: Path) -> None:
-    torch.set_num_threads(1)
-    run.cache = cache
-
-
-def _run(job: dict) -> dict:
-    return run(job, run.cache)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -190,7 +173,7 @@ def collect(config: dict, folder: Path, cache: Path, path: Path) -> None:
     by_key = {key_of(record): record for record in have}
     for name in config["data"]:
         wanted, left = jobs(config, name, have)
-        if left or len(wanted) == len(config["losses"]) * config["data"][name]["trials"]:
+        if left:
             sys.exit(f"{name}: runs are missing, {len(left)} at least; go on with: python examples/study.py")
         found += [by_key[key_of(job)] for job in wanted]
         data = study_data.load(name, cache)
@@ -220,10 +203,12 @@ def main() -> None:
     # Each start of the program writes a file of its own: no half-written line is ever appended to.
     path = args.out / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
     context = multiprocessing.get_context("spawn")
-    with context.Pool(args.workers, _start, (args.cache,)) as pool, path.open("w", buffering=1) as file:
+    with context.Pool(args.workers, torch.set_num_threads, (1,)) as pool, path.open("w", buffering=1) as file:
         for name in args.data:
             while left := jobs(config, name, records(args.out))[1]:
-                for record in tqdm(pool.imap_unordered(_run, left), name, total=len(left), unit="run"):
+                for record in tqdm(
+                    pool.imap_unordered(partial(run, cache=args.cache), left), name, total=len(left), unit="run"
+                ):
                     file.write(json.dumps(record | stamp) + "\n")
 
 
