@@ -6,6 +6,8 @@
 namespace topk_fast {
 namespace TOPK_FAST_ISA {
 
+constexpr int kMaxima = 1024;  // `plan` looks at fewer groups than this
+
 template <class T>
 struct Arithmetic {
   using type = float;
@@ -109,6 +111,33 @@ static S rank_select(const S* x, int n, int rank, S guess) {
   }
 }
 
+// The rank-th largest of x[0..n) as above, found at once where it lies within `around` of `guess`.
+template <class S>
+static S rank_near(const S* x, int n, int rank, S guess, S around) {
+  using V = Vector<S>;
+  constexpr int kFew = 96;
+  alignas(64) S near[kMaxima + 2 * kLanes];
+  int above = 0, m = 0;
+  for (int i = 0; i < n; i += kLanes) {
+    const uint32_t high = hits_at_least(x + i, guess + around);
+    above += __builtin_popcount(high);
+    m += append(x + i, hits_at_least(x + i, guess - around) & ~high, near + m);
+  }
+  rank -= above;
+  if (rank < 1 || m < rank || m > kFew) return rank_select(x, n, rank + above, guess);
+  const S inf = (S)__builtin_inf();
+  for (int i = 0; i < kLanes; ++i) near[m + i] = -inf;
+  S found = -inf;
+  for (int i = 0; i < m; i += V::n) {
+    const typename V::type v = V::load(near + i);
+    typename V::mask reach = {};
+    for (int j = 0; j < m; ++j) reach -= near[j] >= v;
+    const S here = V::largest(reach >= (typename V::lane)rank ? v : V::all(-inf));
+    found = here > found ? here : found;
+  }
+  return found;
+}
+
 static inline Vector<float>::type load(const float* x) { return Vector<float>::load(x); }
 static inline Vector<double>::type load(const double* x) { return Vector<double>::load(x); }
 template <class T>
@@ -157,7 +186,9 @@ static void group_maxima(const T* row, int64_t n_classes, int64_t stride, S* out
         i += V::n;
         continue;
       }
-      for (; next < group + V::n; next += stride) out[i++] = v[next - group];
+      S all[V::n];
+      memcpy(all, &v, sizeof all);
+      for (; next < group + V::n; next += stride) out[i++] = all[next - group];
     }
   }
   for (; i < n; ++i) {

@@ -47,6 +47,8 @@ struct Scalar {
     memcpy(&x, &b, 4);
     return x;
   }
+  TOPK_FAST_MEMBER F floats(float x) { return x; }
+  TOPK_FAST_MEMBER I ints(int32_t i) { return i; }
   TOPK_FAST_MEMBER F convert(I i) { return (F)i; }
   TOPK_FAST_MEMBER I truncate(F x) { return (I)x; }
   TOPK_FAST_MEMBER I shift_left(I i, int by) { return (I)((uint32_t)i << by); }
@@ -131,6 +133,22 @@ TOPK_FAST_FN typename O::F normal(typename O::I w) {
   return O::as_float(O::as_int(upper_quantile<O>(p)) ^ O::shift_left(s, 31));
 }
 
+// exp(-e) for e >= 0; below 2^-126 it stays there.
+template <class O>
+TOPK_FAST_FN typename O::F exp_minus(typename O::F e) {
+  const auto fe = e * -1.44269504f;
+  const typename O::F f = fe > -126.0f ? fe : fe * 0.0f - 126.0f;
+  const auto i = O::truncate(f - 0.5f);
+  const auto g = (f - O::convert(i)) * 0.69314718f;
+  auto x = g * 0.0013888889f + 0.0083333338f;
+  x = x * g + 0.041666668f;
+  x = x * g + 0.16666667f;
+  x = x * g + 0.5f;
+  x = x * g + 1.0f;
+  x = x * g + 1.0f;
+  return O::as_float(O::as_int(x) + O::shift_left(i, 23));
+}
+
 // The z with -ln Phi(z) = e, for e >= 0: the level of the arrival at time e.
 template <class O>
 TOPK_FAST_FN typename O::F hazard_quantile(typename O::F e) {
@@ -142,17 +160,7 @@ TOPK_FAST_FN typename O::F hazard_quantile(typename O::F e) {
   s = s * h + -1.0f;
   typename O::F p = -(s * h), exp = p;
   if (O::any(e >= 0.5f)) {
-    const auto fe = e * -1.44269504f;
-    const typename O::F f = fe > -126.0f ? fe : fe * 0.0f - 126.0f;
-    const auto i = O::truncate(f - 0.5f);
-    const auto g = (f - O::convert(i)) * 0.69314718f;
-    auto x = g * 0.0013888889f + 0.0083333338f;
-    x = x * g + 0.041666668f;
-    x = x * g + 0.16666667f;
-    x = x * g + 0.5f;
-    x = x * g + 1.0f;
-    x = x * g + 1.0f;
-    exp = O::as_float(O::as_int(x) + O::shift_left(i, 23));
+    exp = exp_minus<O>(e);
     p = e < 0.5f ? p : 1.0f - exp;
   }
   typename O::F q = p > 0.5f ? exp : p;

@@ -33,6 +33,13 @@ struct Shuffles {
   }
 };
 
+template <class V, class S>
+static inline void store(V v, S* x) {
+  memcpy(x, &v, sizeof v);
+}
+
+static inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
+
 template <class S>
 struct Lane;
 template <>
@@ -88,6 +95,8 @@ struct Wide {
   using I = Vector<float>::mask;
   static inline I as_int(F x) { return (I)x; }
   static inline F as_float(I b) { return (F)b; }
+  static inline F floats(float x) { return x - F{}; }
+  static inline I ints(int32_t i) { return i - I{}; }
   static inline F convert(I i) { return __builtin_convertvector(i, F); }
   static inline I truncate(F x) { return __builtin_convertvector(x, I); }
   static inline I shift_left(I i, int by) { return i << by; }
@@ -143,54 +152,44 @@ static inline uint32_t hits_above(const float* x, float bound) { return TOPK_FAS
 static inline uint32_t hits_at_least(const float* x, float bound) { return TOPK_FAST_COMPARE(x, bound, NLT); }
 #endif
 
-// Appends the hits of x[0..kLanes) and their ids; both may be written kLanes entries far. Returns how many there are.
-template <class S>
-static inline int append(const S* x, const int32_t* id, uint32_t hits, S* scores, int32_t* ids) {
-  int n = 0;
-  for (; hits; hits &= hits - 1, ++n) {
-    const int i = __builtin_ctz(hits);
-    scores[n] = x[i], ids[n] = id[i];
+// Bit i: word[i] >> 8 is at most bound[i].
+static inline uint32_t hits_within(const uint32_t* word, const int32_t* bound) {
+#if defined(TOPK_FAST_AVX512)
+  return _mm512_cmple_epi32_mask(_mm512_srli_epi32(_mm512_loadu_si512(word), 8), _mm512_loadu_si512(bound));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= (uint32_t)((int32_t)(word[i] >> 8) <= bound[i]) << i;
+  return mask;
+#endif
+}
+
+// Appends the hits of x[0..kLanes); up to kLanes entries are written. Returns how many hits there are.
+template <class X>
+static inline int append(const X* x, uint32_t hits, X* out) {
+#if defined(TOPK_FAST_AVX512)
+  if constexpr (sizeof(X) == 4) {
+    // Packed in registers and stored whole: the instruction that stores packed is microcode on AMD's processors.
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)hits, _mm512_loadu_si512(x)));
+    return __builtin_popcount(hits);
   }
+#endif
+  int n = 0;
+  for (; hits; hits &= hits - 1) out[n++] = x[__builtin_ctz(hits)];
   return n;
 }
 
-// Puts (x, id) into the list of the k best (value descending, id ascending) if it is `wanted`, ranks before the last
-// of them and its id is not there. Lists are padded to a multiple of kLanes; their entries from k on are not defined.
-template <class S>
-static inline void insert(S* v, int32_t* c, int k, S x, int32_t id, bool wanted) {
-  const auto outranked = [&](int i) { return x > v[i] || (x == v[i] && id < c[i]); };
-  int i = k - 1;
-  if (!wanted || !outranked(i)) return;
-  for (int j = 0; j < k; ++j)
-    if (c[j] == id) return;
-  for (; i > 0 && outranked(i - 1); --i) v[i] = v[i - 1], c[i] = c[i - 1];
-  v[i] = x, c[i] = id;
-}
-
+// Appends the numbers first + i of the hits, likewise.
+static inline int append_numbers(int32_t first, uint32_t hits, int32_t* out) {
 #if defined(TOPK_FAST_AVX512)
-static inline int append(const float* x, const int32_t* id, uint32_t hits, float* scores, int32_t* ids) {
-  // Packed in registers and stored whole: the instruction that stores packed is microcode on AMD's processors.
-  _mm512_storeu_ps(scores, _mm512_maskz_compress_ps((__mmask16)hits, _mm512_loadu_ps(x)));
-  _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32((__mmask16)hits, _mm512_loadu_si512(id)));
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)hits, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
   return __builtin_popcount(hits);
-}
-
-// Without a branch for a list of up to 16: mispredicted ones are what short rows spend their time on.
-static inline void insert(float* v, int32_t* c, int k, float x, int32_t id, bool wanted) {
-  if (k > kLanes) return insert<float>(v, c, k, x, id, wanted);
-  const __m512 values = _mm512_load_ps(v);
-  const __m512i ids = _mm512_load_si512(c);
-  const __mmask16 greater = _mm512_cmp_ps_mask(values, _mm512_set1_ps(x), _CMP_GT_OQ);
-  const __mmask16 equal = _mm512_cmp_ps_mask(values, _mm512_set1_ps(x), _CMP_EQ_OQ);
-  const __mmask16 lower = _mm512_cmple_epi32_mask(ids, _mm512_set1_epi32(id));
-  const uint32_t list = (2u << (k - 1)) - 1, before = (greater | (equal & lower)) & list;
-  const bool known = _mm512_cmpeq_epi32_mask(ids, _mm512_set1_epi32(id)) & list;
-  const bool enters = wanted & !known & (before != list) & (x > -__builtin_inff());
-  const __mmask16 others = (__mmask16)(enters ? ~(before + 1) : ~0u);  // `before` is 2^place - 1
-  _mm512_store_ps(v, _mm512_mask_expand_ps(_mm512_set1_ps(x), others, values));
-  _mm512_store_si512(c, _mm512_mask_expand_epi32(_mm512_set1_epi32(id), others, ids));
-}
+#else
+  int n = 0;
+  for (; hits; hits &= hits - 1) out[n++] = first + __builtin_ctz(hits);
+  return n;
 #endif
+}
 
 // 64-bit lanes of which only the low halves count: a round of Philox is then two multiplications, two shifts
 // and two xors. Left to itself g++ 12 packs and unpacks between rounds.
@@ -203,9 +202,8 @@ struct Lanes {
   void store(uint32_t* p) const { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi64_epi32(x)); }
   Lanes times(Lanes o) const { return {_mm512_mul_epu32(x, o.x)}; }
   Lanes high() const { return {_mm512_srli_epi64(x, 32)}; }
-  Lanes high_in_place() const { return {_mm512_slli_epi64(_mm512_srli_epi64(x, 32), 32)}; }
-  void store_whole(int32_t* p) const { _mm512_storeu_si512(p, x); }
   Lanes operator^(Lanes o) const { return {_mm512_xor_si512(x, o.x)}; }
+  static Lanes xor3(Lanes a, Lanes b, Lanes c) { return {_mm512_ternarylogic_epi64(a.x, b.x, c.x, 0x96)}; }
 };
 #elif defined(TOPK_FAST_AVX2)
 struct Lanes {
@@ -219,9 +217,8 @@ struct Lanes {
   }
   Lanes times(Lanes o) const { return {_mm256_mul_epu32(x, o.x)}; }
   Lanes high() const { return {_mm256_srli_epi64(x, 32)}; }
-  Lanes high_in_place() const { return {_mm256_slli_epi64(_mm256_srli_epi64(x, 32), 32)}; }
-  void store_whole(int32_t* p) const { _mm256_storeu_si256((__m256i*)p, x); }
   Lanes operator^(Lanes o) const { return {_mm256_xor_si256(x, o.x)}; }
+  static Lanes xor3(Lanes a, Lanes b, Lanes c) { return a ^ b ^ c; }
 };
 #else
 struct Lanes {
@@ -232,9 +229,8 @@ struct Lanes {
   void store(uint32_t* p) const { *p = (uint32_t)x; }
   Lanes times(Lanes o) const { return {(uint64_t)(uint32_t)x * (uint32_t)o.x}; }
   Lanes high() const { return {x >> 32}; }
-  Lanes high_in_place() const { return {x >> 32 << 32}; }
-  void store_whole(int32_t* p) const { p[0] = (int32_t)x, p[1] = (int32_t)(x >> 32); }
   Lanes operator^(Lanes o) const { return {x ^ o.x}; }
+  static Lanes xor3(Lanes a, Lanes b, Lanes c) { return a ^ b ^ c; }
 };
 #endif
 
@@ -249,23 +245,28 @@ struct Keys {
   }
 };
 
-// noise.h's philox over n calls, n a multiple of kLanes: counters (c0[i], c1, c2[i] or c2_all, c3).
-static inline void philox_block(const Keys& keys, const uint32_t* c0, uint32_t c1, const uint32_t* c2, uint32_t c2_all,
-                                uint32_t c3, int n, uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
+static inline Lanes counters(const uint32_t* c, int i) { return Lanes::load(c + i); }
+static inline Lanes counters(uint32_t c, int) { return Lanes::all(c); }
+
+// noise.h's philox over n calls, n a multiple of kLanes: counters c0[i], c1, c2, c3, the middle two arrays or the same
+// for all calls.
+template <class C1, class C2>
+static inline void philox_block(const Keys& keys, const uint32_t* c0, C1 c1, C2 c2, uint32_t c3, int n,
+                                uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
   constexpr int kChains = 2;  // one waits on its multiplications
   const Lanes m0 = Lanes::all(0xD2511F53u), m1 = Lanes::all(0xCD9E8D57u);
   for (int i = 0; i < n; i += kChains * Lanes::n) {
     Lanes x0[kChains], x1[kChains], x2[kChains], x3[kChains];
     for (int j = 0; j < kChains; ++j) {
-      x0[j] = Lanes::load(c0 + i + j * Lanes::n), x1[j] = Lanes::all(c1), x3[j] = Lanes::all(c3);
-      x2[j] = c2 ? Lanes::load(c2 + i + j * Lanes::n) : Lanes::all(c2_all);
+      const int at = i + j * Lanes::n;
+      x0[j] = Lanes::load(c0 + at), x1[j] = counters(c1, at), x2[j] = counters(c2, at), x3[j] = Lanes::all(c3);
     }
 #pragma GCC unroll 10
     for (int r = 0; r < 10; ++r)
       for (int j = 0; j < kChains; ++j) {
         const Lanes a = x0[j].times(m0), b = x2[j].times(m1);
-        x0[j] = b.high() ^ x1[j] ^ keys.k0[r];
-        x2[j] = a.high() ^ x3[j] ^ keys.k1[r];
+        x0[j] = Lanes::xor3(b.high(), x1[j], keys.k0[r]);
+        x2[j] = Lanes::xor3(a.high(), x3[j], keys.k1[r]);
         x1[j] = b, x3[j] = a;
       }
     for (int j = 0; j < kChains; ++j) {
@@ -275,11 +276,10 @@ static inline void philox_block(const Keys& keys, const uint32_t* c0, uint32_t c
   }
 }
 
-// out[2 i] = (even[i] * factor) >> 32 and out[2 i + 1] = (odd[i] * factor) >> 32, for i < n, a multiple of kLanes.
-static inline void scaled_pairs(const uint32_t* even, const uint32_t* odd, uint32_t factor, int n, int32_t* out) {
+// out[i] = (x[i] * factor) >> 32 for i < n, a multiple of kLanes.
+static inline void scaled(const uint32_t* x, uint32_t factor, int n, int32_t* out) {
   const Lanes f = Lanes::all(factor);
-  for (int i = 0; i < n; i += Lanes::n)
-    (Lanes::load(even + i).times(f).high() ^ Lanes::load(odd + i).times(f).high_in_place()).store_whole(out + 2 * i);
+  for (int i = 0; i < n; i += Lanes::n) Lanes::load(x + i).times(f).high().store((uint32_t*)out + i);
 }
 
 // Widening to float32, exact for bfloat16 and half alike; integer steps, so a flush-to-zero mode changes nothing.

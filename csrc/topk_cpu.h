@@ -25,11 +25,22 @@ struct Search {
   int64_t n_split, samples_per_split;
 };
 
-// Entries of a list of the k best, with the padding that lets kernels read and write whole vectors.
-inline int list_width(const Search& p) { return (int)((p.k + 15) / 16 * 16); }
+constexpr int kLists = 8;     // samples whose lists stand side by side
+constexpr int kWalkers = 32;  // samples, of one or more rows, whose arrivals are walked side by side
 
-// 64-bit words that a thread needs for the lists of one item.
-inline int64_t workspace_words(const Search& p) { return 2 * p.samples_per_split * list_width(p) + 8; }
+// Keys of the lists of one item: k for each sample, samples rounded up to whole groups of lists.
+inline int64_t item_keys(const Search& p) { return (p.samples_per_split + kLists - 1) / kLists * kLists * p.k; }
+
+// Items that a thread searches together.
+inline int64_t items_together(const Search& p) {
+  const int64_t samples = p.samples_per_split < p.n_sample ? p.samples_per_split : p.n_sample;
+  return samples < kWalkers ? kWalkers / samples : 1;
+}
+
+// 64-bit words that a thread needs.
+inline int64_t workspace_words(const Search& p) {
+  return items_together(p) * item_keys(p) * (p.dtype == Dtype::kDouble ? 2 : 1) + 8;
+}
 
 using SearchFn = void (*)(const Search& p, int64_t begin, int64_t end, void* workspace);
 

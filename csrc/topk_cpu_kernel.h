@@ -8,9 +8,7 @@
 // Bytes: the row once, a sixth of it twice, B arrivals' look-ups; work items are (row, share of the samples).
 // Bits: every rounding is noise.h's or one written here; order is (value descending, class ascending).
 
-#include "cut.h"
-#include "simd.h"
-#include "topk_cpu.h"
+#include "walk.h"
 
 namespace topk_fast {
 namespace TOPK_FAST_ISA {
@@ -18,153 +16,141 @@ namespace TOPK_FAST_ISA {
 namespace {
 
 constexpr int kTile = 512;      // contenders drawn at a time
-constexpr int kArrivals = 512;  // arrivals drawn at a time, over all samples
-constexpr int kMaxima = 1024;   // `plan` looks at fewer groups than this
-constexpr int kPairs = 64;      // up to so many values are ranked by comparing all pairs
 constexpr int kAhead = 4096;    // bytes of a row asked for ahead of their use
-constexpr int kGroup = 16;      // samples whose arrivals are walked side by side
+constexpr int kHeld = 256;      // words that passed their bounds and wait for their normals
 
-template <class V, class S>
-static inline void store(V v, S* x) {
-  memcpy(x, &v, sizeof v);
-}
-
-typedef uint32_t Four __attribute__((vector_size(16)));
-
-static inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
-
-// One row's samples [b0, b1) and their k best so far, best first, (-inf, -1) where there are fewer.
+// One row's samples [b0, b1) and their k best so far.
 template <class T>
 struct Row {
   using S = typename Arithmetic<T>::type;
   using V = Vector<S>;
   const Search& p;
-  const T* scores;
   const Keys keys;
-  const int width;  // of a list: k and padding
-  S* values;        // [b1 - b0, width]
-  int32_t* ids;     // [b1 - b0, width]
+  const T* scores = nullptr;
+  Key<S>* lists = nullptr;  // [groups of kLists samples][k][kLists]
   uint32_t row = 0;
   int64_t b0 = 0, b1 = 0;
-  float average = 16;       // number of arrivals walked for a sample, so far: moves cost, never results
-  S cut = 0, last_cut = 0;  // of the row before: where the search for this row's begins
+  S cut = 0;
+  S usual_cut = 0, cut_spread = inf;  // average and variation over the rows so far: where the search begins
+  // How far above the cut the worst sample's k-th best was after the first tile, on average over the rows so far, and
+  // by how much it varies: the guess that spares most draws. It moves cost, never results.
+  S usual = 0, spread = inf;
   int64_t contenders = 0;
   bool nan = false;
-  int tile = 0;
   alignas(64) int32_t tile_ids[kTile + 80] = {};  // the contenders that wait for their draws
   alignas(64) S tile_scores[kTile + 80] = {};
 
   static constexpr S inf = (S)__builtin_inf();
 
-  // The k-th largest of m[0..width), counted over all pairs.
-  template <int kFixed>
-  S kth_of(const S* m, int width) const {
-    const int n = kFixed ? kFixed : width;  // a fixed length unrolls
-    S bound = -inf;
-    for (int i = 0; i < n; i += V::n) {
-      const typename V::type v = V::load(m + i);
-      typename V::mask reach = {};
-#pragma GCC unroll 16
-      for (int j = 0; j < n; ++j) reach -= m[j] >= v;
-      const S here = V::largest(reach >= (typename V::lane)p.k ? v : V::all(-inf));
-      bound = here > bound ? here : bound;
+  int64_t groups() const { return (b1 - b0 + kLists - 1) / kLists; }
+  Key<S>* list(int64_t b) const { return lists + b / kLists * kLists * p.k + b % kLists; }
+  S worst() const {
+    S least = inf;
+    for (int64_t b = 0; b < b1 - b0; ++b) {
+      const S kth = kth_value<S>(list(b), (int)p.k);
+      least = kth < least ? kth : least;
     }
-    return bound;
+    return least;
   }
 
-  // A lower bound of the k-th largest of x[0..n): the k-th largest of maxima over disjoint parts.
-  S lower_bound(const S* x, int n) const {
-    alignas(64) S m[kTile + 64];
-    int parts = round_up((int)(p.k < kTile ? 2 * p.k : n), kLanes);
-    parts = parts < n ? parts : n;
-    if (p.k > parts) return -inf;
-    for (int i = 0; i < parts; i += V::n) {
-      typename V::type v = V::load(x + i);
-      for (int j = i + parts; j < n; j += parts) v = V::larger(v, V::load(x + j));
-      store(v, m + i);
-    }
-    if (parts == kLanes) return kth_of<kLanes>(m, parts);
-    return parts > kPairs ? rank_select(m, parts, (int)p.k, cut) : kth_of<0>(m, parts);
-  }
+  // Words of a group's samples that passed their bounds, with their contenders.
+  struct Held {
+    int counts[kLists] = {};  // of each sample
+    alignas(64) uint32_t words[kHeld + 64];
+    alignas(64) int32_t ids[kHeld + 64];
+    alignas(64) S scores[kHeld + 64];
+    alignas(64) int32_t places[kHeld + 64];  // among the rows that enter the lists
+  };
 
-  // The noised scores x[0..n) of the tile into a sample's list.
-  void enter(S* v, int32_t* c, const S* x, int n) {
-    const S kth = v[p.k - 1];
-    const S bound = kth > -inf ? kth : lower_bound(x, n);
-    alignas(64) S best[kTile + 80];
-    alignas(64) int32_t best_ids[kTile + 80];
-    int m = 0;
-    for (int i = 0; i < n; i += kLanes)
-      m += append(x + i, tile_ids + i, hits_at_least(x + i, bound), best + m, best_ids + m);
-    if (contenders || m > kLanes) {
-      for (int i = 0; i < m; ++i) insert(v, c, (int)p.k, best[i], best_ids[i], true);
-      return;
-    }
-    // The list is empty: each goes where its rank says, in loops of fixed length, for a mispredicted end of a short
-    // one costs more than all of it. Ids ascend, so the earlier of two equal ones comes first.
-    for (int i = 0; i < kLanes; ++i) best[i] = i < m ? best[i] : -inf;
-    alignas(64) typename V::lane number[kLanes], rank[kLanes];
-    alignas(64) S sorted[kLanes];
-    alignas(64) int32_t sorted_ids[kLanes];
-    for (int i = 0; i < kLanes; ++i) number[i] = i;
-    for (int i = 0; i < kLanes; i += V::n) {
-      const typename V::type mine = V::load(best + i);
-      const typename V::mask place = V::lanes(number + i);
-      typename V::mask before = {};
-#pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) before -= (best[j] > mine) | ((best[j] == mine) & (place > j));
-      memcpy(rank + i, &before, sizeof before);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) sorted[rank[i]] = best[i], sorted_ids[rank[i]] = best_ids[i];
-    for (int i = 0; i < p.k && i < kLanes; ++i) v[i] = sorted[i], c[i] = sorted[i] > -inf ? sorted_ids[i] : -1;
-  }
-
-  // The tile's scores with the noise of n words: x = s + (epsilon * z).
-  void noised(const uint32_t* words, S* x, int n) const {
-    alignas(64) float z[kTile + 64];
+  // Noised scores s + (epsilon * z) of the words held, into the lists.
+  void settle(Held& held, int n, int64_t group) const {
+    alignas(64) float z[kHeld + 64];
+    alignas(64) Key<S> noised[kHeld + 64], rows[kHeld * kLists];
     const S epsilon = (S)p.epsilon;
-    for (int i = 0; i < n; i += Vector<float>::n) store(normal<Wide>(Wide::load(words + i)), z + i);
-    for (int i = 0; i < n; ++i) x[i] = tile_scores[i] + epsilon * (S)z[i];
+    for (int i = 0; i < n; i += Vector<float>::n) store(normal<Wide>(Wide::load(held.words + i)), z + i);
+    for (int i = 0; i < n; ++i) noised[i] = key_of(held.scores[i] + epsilon * (S)z[i], held.ids[i]);
+    int deepest = 0;
+    for (int l = 0; l < kLists; ++l) deepest = held.counts[l] > deepest ? held.counts[l] : deepest, held.counts[l] = 0;
+    deepest = round_up(deepest, kAbreast);
+    for (int i = 0; i < deepest * kLists; ++i) rows[i] = key_of(-inf, -1);
+    for (int i = 0; i < n; ++i) rows[held.places[i]] = noised[i];
+    sift(list(group * kLists), (int)p.k, rows, deepest);
   }
 
-  // Draws for the waiting contenders, all samples, and the best of them into the lists.
-  void flush() {
+  // Draws of a group's samples for the tile's n contenders, and the best of them into its lists.
+  void draw(int64_t group, const int32_t* bounds, int n) const {
+    const int64_t first = b0 + group * kLists;
+    const int count = b1 - first < kLists ? (int)(b1 - first) : kLists;
+    Held held;
+    int m = 0;
+    alignas(64) uint32_t words[4][kLanes];
+    for (int i = 0; i < n; i += kLanes) {
+      for (int list = 0; list < count; list += 4) {
+        philox_block(keys, (const uint32_t*)tile_ids + i, row, (uint32_t)(first + list) / 4, 0, kLanes, words[0],
+                     words[1], words[2], words[3]);
+        for (int l = list; l < count && l < list + 4; ++l) {
+          const uint32_t hits = hits_within(words[l - list], bounds + i);
+          append(words[l - list], hits, held.words + m);
+          append(tile_ids + i, hits, held.ids + m);
+          append(tile_scores + i, hits, held.scores + m);
+          for (int j = 0; j < kLanes; ++j) held.places[m + j] = (held.counts[l] + j) * kLists + l;
+          held.counts[l] += __builtin_popcount(hits), m += __builtin_popcount(hits);
+        }
+      }
+      if (m <= kHeld - kLists * kLanes && i + kLanes < n) continue;
+      settle(held, m, group);
+      m = 0;
+    }
+  }
+
+  // Draws for the waiting contenders, all samples, and the best of them into the lists. A word is looked at closely
+  // only where it can lift its contender to `reach`, which every sample's k-th best attains: known from the second
+  // tile on, a guess in the first, which is drawn again if that was too high.
+  void flush(int tile) {
     const int n = round_up(tile, kLanes);
+    for (int i = 0; i < tile; ++i) tile_scores[i] = widen(scores[tile_ids[i] - p.first_class]);
     for (int i = tile; i < n; ++i) tile_ids[i] = 0, tile_scores[i] = -inf;
     typename V::mask bad = {};
     for (int i = 0; i < n; i += V::n) bad += V::load(tile_scores + i) != V::load(tile_scores + i);
     nan |= V::count(bad) > 0;
-    alignas(64) uint32_t words[4][kTile + 64];
-    alignas(64) S x[4][kTile + 64];
-    for (int64_t quad = b0 / 4; quad * 4 < b1; ++quad) {
-      philox_block(keys, (const uint32_t*)tile_ids, row, nullptr, (uint32_t)quad, 0, n, words[0], words[1], words[2],
-                   words[3]);
-      const int64_t count = b1 - quad * 4 < 4 ? b1 - quad * 4 : 4;
-      // All of their draws before the first selection: a short list's draws and selection are long chains of
-      // dependent steps, and only what stands side by side overlaps.
-      for (int64_t w = 0; w < count; ++w) noised(words[w], x[w], n);
-      for (int64_t w = 0; w < count; ++w) {
-        const int64_t b = quad * 4 + w - b0;
-        enter(values + b * width, ids + b * width, x[w], n);
+    if (nan || !tile) return;
+    const bool first = contenders == 0;
+    const S base = cut > -inf ? cut : 0;
+    S reach = first ? base + (usual - 2 * spread) : worst();
+    for (;;) {
+      alignas(64) int32_t bounds[kTile + 64];
+      alignas(64) float narrow[kTile + 64];
+      for (int i = 0; i < n; ++i) narrow[i] = (float)tile_scores[i];
+      for (int i = 0; i < n; i += Vector<float>::n)
+        store(word_bound<Wide>(Wide::load(narrow + i), Wide::floats((float)reach), (float)p.epsilon), bounds + i);
+      for (int i = tile; i < n; ++i) bounds[i] = -1;
+      for (int64_t group = 0; group < groups(); ++group) draw(group, bounds, n);
+      if (!first) break;
+      const S least = worst();
+      if (least > -inf && least < inf) {
+        const S off = least - base - usual, size = off < 0 ? -off : off;
+        usual = spread < inf ? usual + off * (S)0.125 : least - base;
+        spread = spread < inf ? spread + (size - spread) * (S)0.125 : (S)p.epsilon * (S)0.125;
       }
+      if (!(least < reach)) break;
+      reach = -inf;
+      clear();
     }
     contenders += tile;
-    tile = 0;
   }
 
-  static void clear(S* v, int32_t* c) {
-    for (int i = 0; i < kLanes; i += V::n) store(V::all(-inf), v + i);
-    memset(c, 0xff, kLanes * sizeof *c);  // -1
+  void clear() const {
+    for (int64_t i = 0; i < groups() * kLists * p.k; ++i) lists[i] = key_of(-inf, -1);
   }
 
   // Every class above the cut into the tile; a NaN counts as above it and ends the row.
   void collect() {
-    contenders = tile = 0;
+    contenders = 0;
     nan = false;
-    for (int64_t b = 0; b < b1 - b0; ++b)
-      for (int i = 0; i < width; i += kLanes) clear(values + b * width + i, ids + b * width + i);
+    clear();
     alignas(64) S wide[64];
+    const S level = cut;
+    int waiting = 0;  // what the loop touches lies in registers: stores of ids may alias members
     for (int64_t start = 0; start < p.n_classes; start += 64) {
       // Mispredicted hits empty the pipeline, and with it the loads under way: these are not lost.
       for (size_t i = 0; i < 64 * sizeof(T); i += 64) __builtin_prefetch((const char*)(scores + start) + kAhead + i);
@@ -177,17 +163,17 @@ struct Row {
         for (int64_t i = count; i < 64; ++i) wide[i] = -inf;
         x = wide;
       }
-      const uint32_t hits[4] = {hits_above(x, cut), hits_above(x + 16, cut), hits_above(x + 32, cut),
-                                hits_above(x + 48, cut)};
+      const uint32_t hits[4] = {hits_above(x, level), hits_above(x + 16, level), hits_above(x + 32, level),
+                                hits_above(x + 48, level)};
       if (!(hits[0] | hits[1] | hits[2] | hits[3])) continue;
-      alignas(64) int32_t numbers[64];
-      for (int i = 0; i < 64; ++i) numbers[i] = (int32_t)(p.first_class + start) + i;
-      for (int i = 0; i < 64; i += 16)
-        tile += append(x + i, numbers + i, hits[i / 16], tile_scores + tile, tile_ids + tile);
-      if (tile >= kTile) flush();
+      const int32_t id = (int32_t)(p.first_class + start);
+      for (int j = 0; j < 4; ++j) waiting += append_numbers(id + j * kLanes, hits[j], tile_ids + waiting);
+      if (waiting < kTile) continue;
+      flush(waiting);
+      waiting = 0;
       if (nan) return;
     }
-    flush();
+    flush(waiting);
   }
 
   void choose_cut() {
@@ -206,8 +192,12 @@ struct Row {
       default: group_maxima<32>(scores, p.n_classes, plan_.stride, maxima, n);
     }
     for (int i = n; i < padded; ++i) maxima[i] = -inf;
-    cut = last_cut = rank_select(maxima, padded, plan_.rank, last_cut);
+    cut = rank_near(maxima, padded, plan_.rank, usual_cut, (S)1.5 * cut_spread);
     if (cut == inf) cut = -inf;
+    if (cut == -inf) return;
+    const S off = cut - usual_cut, size = off < 0 ? -off : off;
+    usual_cut += off * (cut_spread < inf ? (S)0.125 : 1);
+    cut_spread = cut_spread < inf ? cut_spread + (size - cut_spread) * (S)(size > cut_spread ? 0.5 : 0.125) : 0;
   }
 
   bool fewer_finite_than(int64_t m) const {
@@ -216,123 +206,67 @@ struct Row {
     return finite < m;
   }
 
-  // Enters n arrivals of sample b, in order, while they can matter; returns how many it looked at. Reads kLanes on.
-  int follow(int64_t b, const S* clean, const S* shift, const int32_t* drawn, int n) const {
-    S* v = values + b * width;
-    int32_t* c = ids + b * width;
-    for (int start = 0; start < n; start += kLanes) {
-      alignas(64) S level[kLanes], value[kLanes];
-      for (int i = 0; i < kLanes; ++i) level[i] = cut + shift[start + i];
-      for (int i = 0; i < kLanes; ++i) value[i] = clean[start + i] + shift[start + i];
-      const int count = n - start < kLanes ? n - start : kLanes;
-      const uint32_t here = (1u << count) - 1;
-      uint32_t hits = hits_at_least(value, v[p.k - 1]) & ~hits_above(clean + start, cut) & here;
-      uint32_t end = ~hits_above(level, v[p.k - 1]) & here;  // its first bit is where the walk stops
-      for (; hits; hits &= hits - 1) {
-        const int i = __builtin_ctz(hits);
-        const uint32_t upto = (2u << i) - 1;
-        insert(v, c, (int)p.k, value[i], (int32_t)p.first_class + drawn[start + i], !(end & upto));
-        end = (end & upto) | (~hits_above(level, v[p.k - 1]) & here & ~upto);
-      }
-      if (end) return start + __builtin_ctz(end);
-    }
-    return n;
-  }
-
-  // The background: arrivals in falling order until none can enter, side by side for up to kGroup samples.
-  void walk(int64_t from, int64_t to) {
-    int64_t active[kGroup], sum[kGroup];
-    int n_active = 0;
-    for (int64_t b = from; b < to; ++b) active[n_active] = b, sum[n_active++] = 0;
-    const float inverse_l = 1.0f / (float)p.n_classes;
-    const S epsilon = (S)p.epsilon;
-    alignas(64) uint32_t c0[kArrivals / 2], c2[kArrivals / 2], words[4][kArrivals / 2];
-    alignas(64) int32_t gaps[2][kArrivals / 2];
-    alignas(64) int64_t times[kArrivals];
-    alignas(64) float z[kArrivals];
-    alignas(64) int32_t drawn[kArrivals];  // classes, from 0 on
-    alignas(64) S clean[kArrivals + kLanes], shift[kArrivals + kLanes];
-    uint32_t done = 0;  // pairs of arrivals behind us
-    int64_t walked = 0;
-    for (int round = 0; n_active; ++round) {
-      int pairs = round ? 8 : ((int)average + 8) / 8 * 4;
-      const int most = kArrivals / 2 / n_active / 4 * 4;
-      pairs = pairs > most ? most : pairs;
-      if (round > 1) pairs = most < 16 ? most : 16;
-      const int calls = n_active * pairs, padded = round_up(calls, kLanes);
-      for (int a = 0; a < n_active; ++a)
-        for (int i = 0; i < pairs; i += 4) {
-          const uint32_t first = done + (uint32_t)i, sample = (uint32_t)(b0 + active[a]);
-          store(Four{first, first + 1, first + 2, first + 3}, c0 + a * pairs + i);
-          store(Four{sample, sample, sample, sample}, c2 + a * pairs + i);
-        }
-      for (int i = calls; i < padded; ++i) c0[i] = c2[i] = 0;
-      philox_block(keys, c0, row, c2, 0, 1 + (uint32_t)p.first_class, padded, words[0], words[1], words[2], words[3]);
-      for (int i = 0; i < padded; i += Vector<float>::n) {
-        store(gap<Wide>(Wide::load(words[0] + i)), gaps[0] + i);
-        store(gap<Wide>(Wide::load(words[2] + i)), gaps[1] + i);
-      }
-      for (int a = 0; a < n_active; ++a)
-        for (int i = a * pairs; i < (a + 1) * pairs; ++i) {
-          times[2 * i] = sum[a] += gaps[0][i];
-          times[2 * i + 1] = sum[a] += gaps[1][i];
-        }
-      for (int i = 2 * calls; i < 2 * padded; ++i) times[i] = 1;
-      for (int i = 0; i < 2 * padded; ++i) z[i] = arrival_time(times[i], inverse_l);
-      for (int i = 0; i < 2 * padded; i += Vector<float>::n) store(hazard_quantile<Wide>(Wide::load(z + i)), z + i);
-      for (int i = 0; i < 2 * padded; ++i) shift[i] = epsilon * (S)z[i];
-      scaled_pairs(words[1], words[3], (uint32_t)p.n_classes, padded, drawn);
-      for (int i = 0; i < 2 * calls; ++i) clean[i] = widen(scores[drawn[i]]);
-      int still = 0;
-      for (int a = 0; a < n_active; ++a) {
-        const int from = 2 * a * pairs,
-                  stopped = follow(active[a], clean + from, shift + from, drawn + from, 2 * pairs);
-        walked += stopped;
-        if (stopped == 2 * pairs) active[still] = active[a], sum[still++] = sum[a];
-      }
-      n_active = still;
-      done += (uint32_t)pairs;
-    }
-    average += ((float)walked / (float)(to - from) - average) * 0.125f;
-  }
-
-  void search() {
+  // The contenders of a row into lists of samples [b0, b1); true where its background is to be walked after it.
+  bool search(const T* row_scores, uint32_t row_number, int64_t from, int64_t to, Key<S>* row_lists) {
+    scores = row_scores, row = row_number, b0 = from, b1 = to, lists = row_lists;
     choose_cut();
     collect();
     if (!nan && cut > -inf && contenders < p.k && fewer_finite_than(plan(p.n_classes, p.k).contenders)) {
       cut = -inf;
       collect();
     }
-    if (nan || cut == -inf) return;
-    for (int64_t b = 0; b < b1 - b0; b += kGroup) walk(b, b + kGroup < b1 - b0 ? b + kGroup : b1 - b0);
+    return !nan && cut > -inf;
   }
 };
+
+// A row's results.
+template <class S>
+void write(const Search& p, const Key<S>* lists, int64_t n, int64_t b0, int64_t b1, bool nan) {
+  const int64_t keep = p.keep_all ? p.k : 1;
+  for (int64_t b = b0; b < b1; ++b) {
+    S* v = (S*)p.values + (n * p.n_sample + b) * keep;
+    int64_t* c = p.classes + (n * p.n_sample + b) * keep;
+    const Key<S>* list = lists + (b - b0) / kLists * kLists * p.k + (b - b0) % kLists;
+    for (int64_t i = 0; i < keep; ++i) {
+      const Key<S> key = list[(p.keep_all ? i : p.k - 1) * kLists];
+      v[i] = nan ? (S)__builtin_nan("") : value_of<S>(key);
+      c[i] = nan ? -1 : class_of<S>(key);
+    }
+  }
+}
 
 template <class T>
 void search_items(const Search& p, int64_t begin, int64_t end, void* workspace) {
   using S = typename Arithmetic<T>::type;
-  const int width = list_width(p);
-  S* values = (S*)(((uintptr_t)workspace + 63) / 64 * 64);
-  int32_t* ids = (int32_t*)(values + p.samples_per_split * width);
-  const int64_t keep = p.keep_all ? p.k : 1;
-  Row<T> row{p, nullptr, Keys(p.seed), width, values, ids};
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / p.n_split;
-    if (p.target && p.target[n] == p.ignore_index) continue;
-    row.scores = (const T*)p.scores + n * p.row_stride;
-    row.row = (uint32_t)(p.first_row + n);
-    row.b0 = item % p.n_split * p.samples_per_split;
-    row.b1 = row.b0 + p.samples_per_split < p.n_sample ? row.b0 + p.samples_per_split : p.n_sample;
-    row.search();
-    for (int64_t b = row.b0; b < row.b1; ++b) {
-      S* v = (S*)p.values + (n * p.n_sample + b) * keep;
-      int64_t* c = p.classes + (n * p.n_sample + b) * keep;
-      for (int64_t i = 0; i < keep; ++i) {
-        const int64_t from = (b - row.b0) * width + (p.keep_all ? i : p.k - 1);
-        v[i] = row.nan ? (S)__builtin_nan("") : values[from];
-        c[i] = row.nan ? -1 : ids[from];
+  Key<S>* lists = (Key<S>*)(((uintptr_t)workspace + 63) / 64 * 64);
+  Row<T> row{p, Keys(p.seed)};
+  Walker<T> walkers[kWalkers];
+  bool nan[kWalkers];
+  const int64_t together = items_together(p), keys = item_keys(p);
+  for (int64_t first = begin; first < end; first += together) {
+    const int64_t items = end - first < together ? end - first : together;
+    const auto each = [&](auto do_item) {
+      for (int64_t i = 0; i < items; ++i) {
+        const int64_t n = (first + i) / p.n_split, b0 = (first + i) % p.n_split * p.samples_per_split;
+        if (p.target && p.target[n] == p.ignore_index) continue;
+        do_item(i, n, b0, b0 + p.samples_per_split < p.n_sample ? b0 + p.samples_per_split : p.n_sample);
       }
-    }
+    };
+    int walking = 0;
+    each([&](int64_t i, int64_t n, int64_t b0, int64_t b1) {
+      const T* scores = (const T*)p.scores + n * p.row_stride;
+      const uint32_t number = (uint32_t)(p.first_row + n);
+      const bool walks = row.search(scores, number, b0, b1, lists + i * keys);
+      nan[i] = row.nan;
+      for (int64_t b = 0; walks && b < b1 - b0; ++b) {
+        walkers[walking++] = {scores, row.cut, number, (uint32_t)(b0 + b), row.list(b)};
+        if (walking < kWalkers) continue;
+        walk(p, row.keys, walkers, walking);
+        walking = 0;
+      }
+    });
+    walk(p, row.keys, walkers, walking);
+    each([&](int64_t i, int64_t n, int64_t b0, int64_t b1) { write<S>(p, lists + i * keys, n, b0, b1, nan[i]); });
   }
 }
 

@@ -1,0 +1,50 @@
+// What cannot matter: bounds on words and on arrivals beyond which no noised score reaches a known value.
+//
+// Host and device code like noise.h. They move cost and never results: what is not certain passes.
+#pragma once
+
+#include "noise.h"
+
+namespace topk_fast {
+
+template <class O>
+TOPK_FAST_FN typename O::F magnitude(typename O::F x) {
+  return O::as_float(O::as_int(x) & 0x7fffffff);
+}
+
+// An x such that score + epsilon * z is below `reach` for every draw z < x: (reach - score) / epsilon, lowered by more
+// than the roundings of the noised score and of z amount to. -inf or NaN where there is none.
+template <class O>
+TOPK_FAST_FN typename O::F certain_below(typename O::F score, typename O::F reach, float epsilon) {
+  const auto gap = (reach - score) / epsilon;
+  return gap - ((magnitude<O>(reach) + magnitude<O>(score)) / epsilon * 4e-7f + magnitude<O>(gap) * 4e-6f + 2e-5f);
+}
+
+// A q >= 1 - Phi(x) for x >= 0: phi(x) * 2 / (x + sqrt(x^2 + 8 / pi)), Pollak 1956, sharp to a hundredth.
+template <class O>
+TOPK_FAST_FN typename O::F upper_tail(typename O::F x) {
+  x = x < 30.0f ? x : O::floats(30.0f);
+  return exp_minus<O>(x * x * 0.5f) * 0.79796f / (x + O::root(x * x + 2.5464790894703255f));
+}
+
+// A bound on word >> 8 beyond which score + epsilon * normal(word) is below `reach`.
+template <class O>
+TOPK_FAST_FN typename O::I word_bound(typename O::F score, typename O::F reach, float epsilon) {
+  if (epsilon == 0.0f) return score < reach ? O::ints(-1) : O::ints(0x7fffffff);
+  const auto x = certain_below<O>(score, reach, epsilon);
+  const auto q = upper_tail<O>(x > 0.0f ? x : O::floats(0.0f));
+  const auto bound = O::truncate(q * 16777216.0f + 2.0f);
+  return x > 0.0f ? bound : O::ints(0x7fffffff);
+}
+
+// A bound on an arrival's time beyond which cut + epsilon * level is below `reach`; infinite where there is none.
+// -ln(1 - q) <= q + q^2 for q <= 1/2.
+template <class O>
+TOPK_FAST_FN typename O::F time_bound(typename O::F cut, typename O::F reach, float epsilon) {
+  if (epsilon == 0.0f) return cut < reach ? O::floats(0.0f) : O::floats(__builtin_inff());
+  const auto x = certain_below<O>(cut, reach, epsilon);
+  const auto q = upper_tail<O>(x > 0.0f ? x : O::floats(0.0f));
+  return x > 0.0f ? (q + q * q) * 1.00001f : O::floats(__builtin_inff());
+}
+
+}  // namespace topk_fast
