@@ -73,19 +73,8 @@ format: $(ENVIRONMENT)
 # On a machine with a GPU: its tests, a sanitized run of the small ones, the benchmark; results in OUT.
 OUT ?= $(CURDIR)/out
 gpu: build
-	mkdir -p $(OUT)
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a GPU that torch.cuda sees'"
 	$(PYTHON) -c "import topk_fast.ops as o; assert o.HAS_CUDA, 'the CUDA extension is not built: is nvcc on the PATH?'"
-	$(PYTHON) -m pytest tests/test_contract.py tests/test_cuda.py tests/test_triton.py 2>&1 | tee $(OUT)/tests.log; test $${PIPESTATUS[0]} -eq 0
-	for tool in memcheck racecheck synccheck; do compute-sanitizer --tool $$tool --error-exitcode 9 \
-	  $(PYTHON) -m pytest tests/test_triton.py tests/test_cuda.py \
-	  -k "(layout or across_blocks or ignored or list_holds or kinds) and not order" \
-	  > $(OUT)/$$tool.log 2>&1 || exit 9; done
-	OUT=$(OUT) $(PYTHON) benchmarks/loss.py --device cuda --set full $(ARGS) 2>&1 | tee $(OUT)/benchmark.log; test $${PIPESTATUS[0]} -eq 0
-	# The share of the DRAM's peak, where a profiler is allowed to count.
-	ncu --csv --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed -k "regex:search_kernel|gradient_kernel" \
-	  $(PYTHON) benchmarks/loss.py --device cuda --once > $(OUT)/ncu.csv 2>&1 || echo "no profile: $$(tail -1 $(OUT)/ncu.csv)"
-	OUT=$(OUT) $(PYTHON) benchmarks/linear.py 2>&1 | tee $(OUT)/linear.log; test $${PIPESTATUS[0]} -eq 0
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf build .venv topk_fast/*.so *.egg-info

@@ -53,29 +53,33 @@ static inline int32_t class_of(Key<S> key) {
   return 0x7ffffffe - (int32_t)((uint32_t)key >> 1);
 }
 
-// n rows of kLists keys go down kLists lists of k keys, keys[i][list], one key of a row in each list; n is a multiple of
-// kAbreast, whose rows go together, each a step behind the one before it: a list's key is loaded once for all of them.
+// n rows of kLists keys go down kLists lists of k keys, keys[i][list], one key of a row in each list; n is a multiple
+// of kAbreast, whose rows go together, each a step behind the one before it: a list's key is loaded once for all of
+// them.
 constexpr int kAbreast = 4;
 static inline void sift(int64_t* keys, int k, const int64_t* rows, int n) {
-  typedef int64_t Eight __attribute__((vector_size(8 * kLists)));
-  for (int j = 0; j < n; j += kAbreast) {
-    Eight x[kAbreast], held;
-    memcpy(x, rows + j * kLists, sizeof x);
-    for (int i = 0; i < k; ++i) {
-      memcpy(&held, keys + i * kLists, sizeof held);
+  typedef int64_t Piece __attribute__((vector_size(kVectorBytes)));  // wider ones g++ takes apart lane by lane
+  constexpr int kPiece = kVectorBytes / 8;
+  for (int j = 0; j < n; j += kAbreast)
+    for (int l = 0; l < kLists; l += kPiece) {
+      Piece x[kAbreast], held;
+      for (int r = 0; r < kAbreast; ++r) memcpy(&x[r], rows + (j + r) * kLists + l, sizeof x[r]);
+      for (int i = 0; i < k; ++i) {
+        memcpy(&held, keys + i * kLists + l, sizeof held);
 #pragma GCC unroll 4
-      for (int r = 0; r < kAbreast; ++r) {
-        const Eight larger = held > x[r] ? held : x[r];
-        x[r] = held > x[r] ? x[r] : held;
-        held = larger;
+        for (int r = 0; r < kAbreast; ++r) {
+          const Piece larger = held > x[r] ? held : x[r];
+          x[r] = held > x[r] ? x[r] : held;
+          held = larger;
+        }
+        memcpy(keys + i * kLists + l, &held, sizeof held);
       }
-      memcpy(keys + i * kLists, &held, sizeof held);
     }
-  }
 }
 static inline void sift(__int128* keys, int k, const __int128* rows, int n) {
   for (int j = 0; j < n * kLists; ++j) {
     __int128 x = rows[j];
+    if (!(x > keys[(k - 1) * kLists + j % kLists])) continue;
     for (int i = j % kLists; i < k * kLists; i += kLists)
       if (x > keys[i]) std::swap(x, keys[i]);
   }

@@ -1,11 +1,17 @@
 // What cannot matter: bounds on words and on arrivals beyond which no noised score reaches a known value.
 //
-// Host and device code like noise.h. They move cost and never results: what is not certain passes.
+// Host and device code like noise.h. They move cost and never results: what is not certain passes. float64 searches
+// use them on values rounded to float32, which the slack of `certain_below` covers.
 #pragma once
 
 #include "noise.h"
 
 namespace topk_fast {
+
+// epsilon as the bounds take it: a positive one stays so, and may only grow.
+TOPK_FAST_FN float bound_epsilon(double epsilon) {
+  return epsilon > 0 && epsilon < 1.17549435e-38 ? 1.17549435e-38f : (float)epsilon;
+}
 
 template <class O>
 TOPK_FAST_FN typename O::F magnitude(typename O::F x) {
@@ -20,10 +26,11 @@ TOPK_FAST_FN typename O::F certain_below(typename O::F score, typename O::F reac
   return gap - ((magnitude<O>(reach) + magnitude<O>(score)) / epsilon * 4e-7f + magnitude<O>(gap) * 4e-6f + 2e-5f);
 }
 
-// A q >= 1 - Phi(x) for x >= 0: phi(x) * 2 / (x + sqrt(x^2 + 8 / pi)), Pollak 1956, sharp to a hundredth.
+// A q >= 1 - Phi(x) for x >= 0: phi(x) * 2 / (x + sqrt(x^2 + 8 / pi)), Pollak 1956, up to a sixteenth too large.
+// It stays where it is at 7.5: so far noise.h's quantiles keep within the slack above.
 template <class O>
 TOPK_FAST_FN typename O::F upper_tail(typename O::F x) {
-  x = x < 30.0f ? x : O::floats(30.0f);
+  x = x < 7.5f ? x : O::floats(7.5f);
   return exp_minus<O>(x * x * 0.5f) * 0.79796f / (x + O::root(x * x + 2.5464790894703255f));
 }
 

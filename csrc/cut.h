@@ -148,14 +148,19 @@ static inline Vector<float>::type load(const T* x) {
   return V::load(wide);
 }
 
-// Maxima of consecutive groups of G, as many as a vector holds.
-template <int G, class T>
-static inline typename Vector<typename Arithmetic<T>::type>::type group_vector(const T* x) {
+// Maxima of kCount groups of G classes whose starts lie `step` apart, each spread over V::n / kCount lanes. Groups
+// shorter than a vector must be consecutive.
+template <int G, int kCount, class T>
+static inline typename Vector<typename Arithmetic<T>::type>::type group_vector(const T* x, int64_t step) {
   using V = Vector<typename Arithmetic<T>::type>;
-  if constexpr (G == 1)
+  if constexpr (kCount * G == V::n) {
     return load(x);
-  else
-    return V::pair_maxima(group_vector<G / 2>(x), group_vector<G / 2>(x + V::n * (G / 2)));
+  } else if constexpr (kCount == 1) {
+    return V::larger(group_vector<G / 2, 1>(x, step), group_vector<G / 2, 1>(x + G / 2, step));
+  } else {
+    const int64_t half = kCount / 2;
+    return V::pair_maxima(group_vector<G, kCount / 2>(x, step), group_vector<G, kCount / 2>(x + half * step, step));
+  }
 }
 
 template <class T, class S>
@@ -177,24 +182,23 @@ template <int G, class T, class S>
 static void group_maxima(const T* row, int64_t n_classes, int64_t stride, S* out, int n) {
   using V = Vector<S>;
   int i = 0;
-  if (G < V::n || stride == 1) {  // all groups, many at a time; then those looked at
-    int64_t next = 0;
+  if (G < V::n && stride > 1) {  // all groups, many at a time; then those looked at
     for (int64_t group = 0; (group + V::n) * G <= n_classes; group += V::n) {
-      const typename V::type v = group_vector<G>(row + group * G);
-      if (stride == 1) {
-        memcpy(out + group, &v, sizeof v);
-        i += V::n;
-        continue;
-      }
       S all[V::n];
+      const typename V::type v = group_vector<G, V::n>(row + group * G, G);
       memcpy(all, &v, sizeof all);
-      for (; next < group + V::n; next += stride) out[i++] = all[next - group];
+      for (; i * stride < group + V::n; ++i) out[i] = all[i * stride - group];
+    }
+  } else {
+    for (const int64_t step = stride * G; (i + V::n - 1) * step + G <= n_classes; i += V::n) {
+      for (int j = 0; step > G && j < V::n; ++j)
+        __builtin_prefetch(row + (i + V::n + j) * step), __builtin_prefetch(row + (i + V::n + j) * step + G - 1);
+      const typename V::type v = group_vector<G, V::n>(row + i * step, step);
+      memcpy(out + i, &v, sizeof v);
     }
   }
   for (; i < n; ++i) {
     const int64_t start = i * stride * G;
-    __builtin_prefetch(row + start + 8 * stride * G);
-    __builtin_prefetch(row + start + 8 * stride * G + 64 / sizeof(T));
     out[i] = maximum<T, S>(row + start, n_classes - start < G ? n_classes - start : G);
   }
 }

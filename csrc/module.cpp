@@ -1,5 +1,5 @@
-// The Python module _C: importing it registers the ops; it exposes the contract's functions (noise.h) to the tests,
-// the build's facts, and the choice of instruction set.
+// The Python module _C: importing it registers the ops; it exposes the contract's functions (noise.h) and bounds to the
+// tests, the build's facts, and the choice of instruction set.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "noise.h"
+#include "bounds.h"
 #include "topk_cpu.h"
 
 namespace topk_fast {
@@ -77,6 +77,12 @@ PYBIND11_MODULE(_C, m) {
         [](const Array<float>& p) { return map<float, float>(p, [](float v) { return upper_quantile<Scalar>(v); }); });
   m.def("hazard_quantile",
         [](const Array<float>& e) { return map<float, float>(e, [](float v) { return hazard_quantile<Scalar>(v); }); });
+  m.def("word_bound", [](const Array<float>& score, float reach, double epsilon) {
+    return map<float, int32_t>(score, [=](float s) { return word_bound<Scalar>(s, reach, bound_epsilon(epsilon)); });
+  });
+  m.def("time_bound", [](const Array<float>& cut, float reach, double epsilon) {
+    return map<float, float>(cut, [=](float c) { return time_bound<Scalar>(c, reach, bound_epsilon(epsilon)); });
+  });
   m.def("plan", [](int64_t n_classes, int64_t k) -> py::object {
     const Plan p = plan(n_classes, k);
     if (p.all) return py::none();

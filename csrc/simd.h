@@ -110,21 +110,26 @@ struct Wide {
     return x;
 #endif
   }
-  static inline bool any(I m) {
+  static inline uint32_t bits(I m) {  // bit i: lane i of a comparison
 #if defined(TOPK_FAST_AVX512)
-    return _mm512_movepi32_mask((__m512i)m) != 0;
+    return _mm512_movepi32_mask((__m512i)m);
 #elif defined(TOPK_FAST_AVX2)
-    return _mm256_movemask_ps((__m256)m) != 0;
+    return (uint32_t)_mm256_movemask_ps((__m256)m);
 #else
-    return (m[0] | m[1] | m[2] | m[3]) != 0;
+    return (uint32_t)((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8));
 #endif
   }
+  static inline bool any(I m) { return bits(m) != 0; }
   static F load(const float* x) { return Vector<float>::load(x); }
   static I load(const uint32_t* x) { return Vector<float>::lanes((const int32_t*)x); }
 };
 
 #if defined(TOPK_FAST_AVX512)
 #define TOPK_FAST_COMPARE(x, bound, how) _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_##how##_UQ)
+#define TOPK_FAST_HALF_WIDE(x, bound, how) \
+  (uint32_t)_mm512_cmp_pd_mask(_mm512_loadu_pd(x), _mm512_set1_pd(bound), _CMP_##how##_UQ)
+#define TOPK_FAST_COMPARE_WIDE(x, bound, how) \
+  (TOPK_FAST_HALF_WIDE(x, bound, how) | TOPK_FAST_HALF_WIDE(x + 8, bound, how) << 8)
 #elif defined(TOPK_FAST_AVX2)
 #define TOPK_FAST_HALF(x, bound, how) \
   (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_set1_ps(bound), _CMP_##how##_UQ))
@@ -151,14 +156,20 @@ static inline uint32_t hits_at_least(const S* x, S bound) {
 static inline uint32_t hits_above(const float* x, float bound) { return TOPK_FAST_COMPARE(x, bound, NLE); }
 static inline uint32_t hits_at_least(const float* x, float bound) { return TOPK_FAST_COMPARE(x, bound, NLT); }
 #endif
+#if defined(TOPK_FAST_COMPARE_WIDE)
+static inline uint32_t hits_above(const double* x, double bound) { return TOPK_FAST_COMPARE_WIDE(x, bound, NLE); }
+static inline uint32_t hits_at_least(const double* x, double bound) { return TOPK_FAST_COMPARE_WIDE(x, bound, NLT); }
+#endif
 
 // Bit i: word[i] >> 8 is at most bound[i].
 static inline uint32_t hits_within(const uint32_t* word, const int32_t* bound) {
 #if defined(TOPK_FAST_AVX512)
   return _mm512_cmple_epi32_mask(_mm512_srli_epi32(_mm512_loadu_si512(word), 8), _mm512_loadu_si512(bound));
 #else
+  using V = Vector<float>;
   uint32_t mask = 0;
-  for (int i = 0; i < kLanes; ++i) mask |= (uint32_t)((int32_t)(word[i] >> 8) <= bound[i]) << i;
+  for (int i = 0; i < kLanes; i += V::n)
+    mask |= Wide::bits(((V::lanes((const int32_t*)word + i) >> 8) & 0xffffff) <= V::lanes(bound + i)) << i;
   return mask;
 #endif
 }
@@ -178,11 +189,28 @@ static inline int append(const X* x, uint32_t hits, X* out) {
   return n;
 }
 
+// The same of three arrays at once.
+template <class X, class Y, class Z>
+static inline int append(const X* x, const Y* y, const Z* z, uint32_t hits, X* x_out, Y* y_out, Z* z_out) {
+#if defined(TOPK_FAST_AVX512)
+  append(x, hits, x_out), append(y, hits, y_out);
+  return append(z, hits, z_out);
+#else
+  int n = 0;
+  for (; hits; hits &= hits - 1, ++n) {
+    const int i = __builtin_ctz(hits);
+    x_out[n] = x[i], y_out[n] = y[i], z_out[n] = z[i];
+  }
+  return n;
+#endif
+}
+
 // Appends the numbers first + i of the hits, likewise.
 static inline int append_numbers(int32_t first, uint32_t hits, int32_t* out) {
 #if defined(TOPK_FAST_AVX512)
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)hits, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
+  _mm512_storeu_si512(out,
+                      _mm512_maskz_compress_epi32((__mmask16)hits, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
   return __builtin_popcount(hits);
 #else
   int n = 0;
@@ -251,8 +279,8 @@ static inline Lanes counters(uint32_t c, int) { return Lanes::all(c); }
 // noise.h's philox over n calls, n a multiple of kLanes: counters c0[i], c1, c2, c3, the middle two arrays or the same
 // for all calls.
 template <class C1, class C2>
-static inline void philox_block(const Keys& keys, const uint32_t* c0, C1 c1, C2 c2, uint32_t c3, int n,
-                                uint32_t* w0, uint32_t* w1, uint32_t* w2, uint32_t* w3) {
+static inline void philox_block(const Keys& keys, const uint32_t* c0, C1 c1, C2 c2, uint32_t c3, int n, uint32_t* w0,
+                                uint32_t* w1, uint32_t* w2, uint32_t* w3) {
   constexpr int kChains = 2;  // one waits on its multiplications
   const Lanes m0 = Lanes::all(0xD2511F53u), m1 = Lanes::all(0xCD9E8D57u);
   for (int i = 0; i < n; i += kChains * Lanes::n) {

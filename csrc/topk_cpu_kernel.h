@@ -1,8 +1,8 @@
 // The k best of s + epsilon * Z for every row and sample, on CPU; compiled once per instruction set.
 //
 // Formula and sampler: topk_fast/reference.py; draws: noise.h. One pass over a row finds the cut from some group
-// maxima (a sixth of a long row), a second one collects the classes above it. They get a draw per sample in blocks
-// of kTile; the others enter as arrivals, in rounds over all samples of the row.
+// maxima (a sixth of a long row), a second one collects the classes above it. In blocks of kTile each gets a word per
+// sample, and a normal where that word can matter (bounds.h); the others enter as arrivals (walk.h).
 // Fused: noise never leaves registers and L1; legal because the k best of a union come from the k bests of its
 // parts, and a value below a lower bound of the k-th best cannot enter.
 // Bytes: the row once, a sixth of it twice, B arrivals' look-ups; work items are (row, share of the samples).
@@ -15,9 +15,21 @@ namespace TOPK_FAST_ISA {
 
 namespace {
 
-constexpr int kTile = 512;      // contenders drawn at a time
-constexpr int kAhead = 4096;    // bytes of a row asked for ahead of their use
-constexpr int kHeld = 256;      // words that passed their bounds and wait for their normals
+constexpr int kTile = 512;    // contenders drawn at a time
+constexpr int kAhead = 4096;  // bytes of a row asked for ahead of their use
+constexpr int kHeld = 256;    // words that passed their bounds and wait for their normals
+
+// A value's average over the rows so far, and how far it strays: for guesses, which move cost and never results.
+template <class S>
+struct Usual {
+  S mean = 0, spread = (S)__builtin_inf();
+  void learn(S x, S first_spread) {
+    const S off = x - mean, size = off < 0 ? -off : off;
+    const bool first = !(spread < (S)__builtin_inf());
+    mean = first ? x : mean + off * (S)0.125;
+    spread = first ? first_spread : spread + (size - spread) * (S)0.125;
+  }
+};
 
 // One row's samples [b0, b1) and their k best so far.
 template <class T>
@@ -31,10 +43,7 @@ struct Row {
   uint32_t row = 0;
   int64_t b0 = 0, b1 = 0;
   S cut = 0;
-  S usual_cut = 0, cut_spread = inf;  // average and variation over the rows so far: where the search begins
-  // How far above the cut the worst sample's k-th best was after the first tile, on average over the rows so far, and
-  // by how much it varies: the guess that spares most draws. It moves cost, never results.
-  S usual = 0, spread = inf;
+  Usual<S> usual_cut = {}, usual_rise = {};  // rise: of the worst sample's k-th best over the cut, after the first tile
   int64_t contenders = 0;
   bool nan = false;
   alignas(64) int32_t tile_ids[kTile + 80] = {};  // the contenders that wait for their draws
@@ -90,11 +99,10 @@ struct Row {
                      words[1], words[2], words[3]);
         for (int l = list; l < count && l < list + 4; ++l) {
           const uint32_t hits = hits_within(words[l - list], bounds + i);
-          append(words[l - list], hits, held.words + m);
-          append(tile_ids + i, hits, held.ids + m);
-          append(tile_scores + i, hits, held.scores + m);
           for (int j = 0; j < kLanes; ++j) held.places[m + j] = (held.counts[l] + j) * kLists + l;
-          held.counts[l] += __builtin_popcount(hits), m += __builtin_popcount(hits);
+          const int passed = append(words[l - list], tile_ids + i, tile_scores + i, hits, held.words + m, held.ids + m,
+                                    held.scores + m);
+          held.counts[l] += passed, m += passed;
         }
       }
       if (m <= kHeld - kLists * kLanes && i + kLanes < n) continue;
@@ -116,26 +124,22 @@ struct Row {
     if (nan || !tile) return;
     const bool first = contenders == 0;
     const S base = cut > -inf ? cut : 0;
-    S reach = first ? base + (usual - 2 * spread) : worst();
+    S reach = first ? base + (usual_rise.mean - 2 * usual_rise.spread) : worst();
     for (;;) {
       alignas(64) int32_t bounds[kTile + 64];
       alignas(64) float narrow[kTile + 64];
       for (int i = 0; i < n; ++i) narrow[i] = (float)tile_scores[i];
       for (int i = 0; i < n; i += Vector<float>::n)
-        store(word_bound<Wide>(Wide::load(narrow + i), Wide::floats((float)reach), (float)p.epsilon), bounds + i);
+        store(word_bound<Wide>(Wide::load(narrow + i), Wide::floats((float)reach), bound_epsilon(p.epsilon)),
+              bounds + i);
       for (int i = tile; i < n; ++i) bounds[i] = -1;
       for (int64_t group = 0; group < groups(); ++group) draw(group, bounds, n);
-      if (!first) break;
-      const S least = worst();
-      if (least > -inf && least < inf) {
-        const S off = least - base - usual, size = off < 0 ? -off : off;
-        usual = spread < inf ? usual + off * (S)0.125 : least - base;
-        spread = spread < inf ? spread + (size - spread) * (S)0.125 : (S)p.epsilon * (S)0.125;
-      }
-      if (!(least < reach)) break;
+      if (!first || !(worst() < reach)) break;
       reach = -inf;
       clear();
     }
+    const S least = worst();
+    if (first && least > -inf && least < inf) usual_rise.learn(least - base, (S)p.epsilon * (S)0.125);
     contenders += tile;
   }
 
@@ -192,12 +196,9 @@ struct Row {
       default: group_maxima<32>(scores, p.n_classes, plan_.stride, maxima, n);
     }
     for (int i = n; i < padded; ++i) maxima[i] = -inf;
-    cut = rank_near(maxima, padded, plan_.rank, usual_cut, (S)1.5 * cut_spread);
+    cut = rank_near(maxima, padded, plan_.rank, usual_cut.mean, 3 * usual_cut.spread);
     if (cut == inf) cut = -inf;
-    if (cut == -inf) return;
-    const S off = cut - usual_cut, size = off < 0 ? -off : off;
-    usual_cut += off * (cut_spread < inf ? (S)0.125 : 1);
-    cut_spread = cut_spread < inf ? cut_spread + (size - cut_spread) * (S)(size > cut_spread ? 0.5 : 0.125) : 0;
+    if (cut > -inf) usual_cut.learn(cut, (cut < 0 ? -cut : cut) * (S)0.0625);
   }
 
   bool fewer_finite_than(int64_t m) const {

@@ -1,7 +1,7 @@
 // The background of the thinned sampler on CPU: arrivals in falling order into the lists of the k best.
 //
-// Sampler: topk_fast/reference.py; draws: noise.h; what cannot matter: bounds.h. Samples of several rows are walked side
-// by side, so that their arrivals fill vectors and none waits for another. Bytes: one look-up a drawn arrival.
+// Sampler: topk_fast/reference.py; draws: noise.h; what cannot matter: bounds.h. Samples of several rows are walked
+// side by side, so that their arrivals fill vectors and none waits for another. Bytes: one look-up a drawn arrival.
 #pragma once
 
 #include "best.h"
@@ -73,13 +73,13 @@ static void walk(const Search& p, const Keys& keys, Walker<T>* walkers, int n) {
     for (int a = 0; a < n; ++a)
       cut[a] = (float)walkers[a].cut, reach[a] = (float)kth_value<S>(walkers[a].list, (int)p.k);
     for (int a = 0; a < n; a += Vector<float>::n)
-      store(time_bound<Wide>(Wide::load(cut + a), Wide::load(reach + a), (float)p.epsilon), until + a);
+      store(time_bound<Wide>(Wide::load(cut + a), Wide::load(reach + a), bound_epsilon(p.epsilon)), until + a);
     for (int a = 0; a < n; ++a) {
       const Walker<T>& w = walkers[a];
       last[a] = until[a] < 1.0f ? (int64_t)((double)until[a] * (double)p.n_classes * 16777216.0) : INT64_MAX;
       const float ahead = until[a] < 1.0f ? (float)(last[a] - w.sum) * 5.9604644775390625e-08f : 2 * (float)p.k;
-      const float wanted = ahead > 0 ? (w.done ? 0.5f * (ahead + __builtin_sqrtf(ahead)) : 0.3f * ahead) + 1.0f : 1.0f;
-      pairs[a] = wanted < (float)(kCalls / kWalkers) ? (int)wanted : kCalls / kWalkers;
+      const float wanted = 1.0f + (w.done ? 0.5f * (ahead + __builtin_sqrtf(ahead)) : 0.35f * ahead);
+      pairs[a] = ahead < 0 ? 0 : wanted < (float)(kCalls / kWalkers) ? (int)wanted : kCalls / kWalkers;
       for (int i = 0; i < pairs[a]; i += kLanes)
         for (int j = 0; j < kLanes; ++j) {
           const int at = calls + i + j;

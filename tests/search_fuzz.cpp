@@ -56,7 +56,7 @@ int main() {
   const int lengths[] = {1, 2, 5, 15, 16, 17, 31, 63, 64, 65, 100, 129, 255, 257, 1000, 1023, 2049, 5000, 20011, 70001};
   for (int round = 0; round < 1500; ++round) {
     Search p{};
-    p.n_classes = p.row_stride = lengths[between(0, 19)], p.n_rows = between(1, 3);
+    p.n_classes = p.row_stride = lengths[between(0, 19)], p.n_rows = between(1, p.n_classes < 300 ? 70 : 3);
     p.n_sample = between(1, p.n_classes > 5000 ? 5 : 33);
     p.k = between(1, round % 7 ? 21 : 130);
     p.dtype = (Dtype)between(0, 3);

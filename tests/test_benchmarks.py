@@ -12,6 +12,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # after the examples, whose modules have names of their own
 
+import gpu  # noqa: E402
 import harness  # noqa: E402
 import linear  # noqa: E402
 import loss  # noqa: E402
@@ -396,3 +397,43 @@ def test_what_did_not_fit_stands_in_the_linear_table(monkeypatch):
 def test_a_time_that_is_missing_says_why():
     with pytest.raises(KeyError, match="pytopk has no time at N, L = 64, 100: too many"):
         tables.median({"N": 64, "L": 100, "ms": {}, "left_out": {"pytopk": "too many"}}, "pytopk")
+
+
+# What runs on a GPU
+
+
+def test_a_step_that_fails_hangs_or_is_missing_keeps_none_from_running(tmp_path, capsys):
+    python = [sys.executable, "-c"]
+    todo = [
+        gpu.Step("bad", 20, [*python, "print('said before'); raise SystemExit(3)"]),
+        gpu.Step("hangs", 0.5, [*python, "import time; time.sleep(60)"]),
+        gpu.Step("missing", 20, ["no-such-profiler"], optional=True),
+        gpu.Step("good", 20, [*python, "print('said last')"]),
+    ]
+    assert not gpu.run_all(todo, tmp_path, 100)
+    ended = json.loads((tmp_path / "steps.json").read_text())["steps"]
+    outcomes = ["failed with 3", "cut short", "no-such-profiler is not installed", "passed"]
+    assert [step["outcome"] for step in ended] == outcomes and 0.5 <= ended[1]["seconds"] < 20
+    log = (tmp_path / "gpu.log").read_text()
+    assert log.index("said before") < log.index("== hangs") < log.index("said last")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [step.name for step in todo]
+
+
+def test_steps_pass_where_only_an_optional_one_does_not(tmp_path):
+    good = gpu.Step("good", 20, [sys.executable, "-c", ""])
+    missing = gpu.Step("missing", 20, ["no-such-profiler"], optional=True)
+    assert gpu.run_all([missing, good], tmp_path, 100)
+    assert not gpu.run_all([missing._replace(optional=False), good], tmp_path, 100)
+
+
+def test_no_step_starts_after_the_time_is_up(tmp_path):
+    step = gpu.Step("late", 20, [sys.executable, "-c", "raise SystemExit(1)"])
+    assert not gpu.run_all([step], tmp_path, 0)
+    assert json.loads((tmp_path / "steps.json").read_text())["steps"][0]["outcome"] == "no time left"
+
+
+def test_every_step_names_what_is_there():
+    for step in gpu.steps("quick"):
+        for word in step.command:
+            assert not word.endswith(".py") or (ROOT / word).exists(), word
+    assert sum(step.seconds for step in gpu.steps("full")[:3]) <= 480  # tests and benchmarks fit, before the sanitizers

@@ -1,6 +1,7 @@
-"""The noise contract: torch, C++ and Triton forms against the known answers, bit for bit.
+"""The noise contract: torch, C++ and Triton forms against the known answers, bit for bit; and the bounds on it.
 
-Contract under test: topk_fast/noise.py. known_answers.json was made by two independent implementations.
+Contract under test: topk_fast/noise.py; known_answers.json was made by two independent implementations. csrc/bounds.h:
+what a bound drops cannot matter, and a bound is not much wider than it must be.
 """
 
 import json
@@ -147,3 +148,60 @@ def test_accuracy_against_scipy():
     e = np.logspace(-8, 1, 20_001).astype(np.float32)
     expected = norm.ppf(np.exp(-e.astype(np.float64)))
     np.testing.assert_allclose(call("torch", "hazard_quantile", e).view(np.float32), expected, rtol=2e-5, atol=2e-6)
+
+
+# Scores, a level to reach, and epsilon, from ordinary ones to those whose rounding is as large as the noise.
+SIZES = [(1.0, 1.0), (1.0, 0.01), (1e3, 0.01), (1e4, 0.01), (1e-3, 5.0), (1e30, 1e28), (1e-39, 1e-40), (1.0, 0.0)]
+
+
+def near(reach, epsilon, dtype):
+    """Scores from which `reach` is up to six draws' standard deviations away, some of them above it."""
+    t = np.random.default_rng(2).uniform(-2, 6, 20_000)
+    return (float(reach) - t * (epsilon or float(reach))).astype(dtype)
+
+
+needs_bounds = pytest.mark.skipif(not ops.HAS_CPP, reason="the C++ kernels are not built")
+
+
+@needs_bounds
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size, epsilon", SIZES)
+def test_no_word_beyond_its_bound_reaches(size, epsilon, dtype):
+    from scipy.stats import norm
+
+    reach = dtype(0.7 * size)
+    x = near(reach, epsilon, dtype)
+    bound = _C.word_bound(x.astype(np.float32), float(reach), epsilon)
+    dropped = bound < (1 << 24) - 1  # the others drop no word
+    assert 0.4 < dropped.mean() < 0.8
+    best = ((bound[dropped].astype(np.int64) + 1) << 8).astype(np.uint32)  # of those dropped: normals fall with words
+    z = _C.normal(best).astype(dtype)
+    assert (x[dropped] + dtype(epsilon) * z < reach).all()
+    if 1e-3 <= size <= 1 and epsilon:
+        share = norm.sf((float(reach) - x[dropped].astype(np.float64)) / epsilon)
+        assert (bound[dropped] <= 1.07 * share * 2**24 + 3).all()
+
+
+@needs_bounds
+@pytest.mark.parametrize("size, epsilon", SIZES)
+def test_no_arrival_beyond_its_bound_reaches(size, epsilon):
+    from scipy.stats import norm
+
+    reach = np.float32(0.7 * size)
+    x = near(reach, epsilon, np.float32)
+    bound = _C.time_bound(x, float(reach), epsilon)
+    bounded = np.isfinite(bound)
+    assert 0.4 < bounded.mean() < 0.8
+    z = _C.hazard_quantile(np.nextafter(bound[bounded], np.float32(1), dtype=np.float32))
+    assert (x[bounded] + np.float32(epsilon) * z < reach).all()
+    if 1e-3 <= size <= 1 and epsilon:
+        time = -norm.logcdf((float(reach) - x[bounded].astype(np.float64)) / epsilon)
+        assert (bound[bounded] <= 1.2 * time + 4e-14).all()
+
+
+@needs_bounds
+def test_rare_arrivals_are_never_bounded_away():
+    """Beyond 7.5 the contract's quantile is larger than the true one: arrivals up to there are always looked at."""
+    bound = float(_C.time_bound(np.zeros(1, np.float32), 8.2, 1.0)[0])
+    assert bound > 3e-14
+    assert float(_C.hazard_quantile(np.array([bound], np.float32))[0]) < 8.2

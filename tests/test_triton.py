@@ -49,15 +49,26 @@ if ops.HAS_TRITON:
 ORACLE = BACKENDS[0]
 INF, NAN = float("inf"), float("nan")
 
-if ON_GPU:
-    EXAMPLES = 60
-    LENGTHS = LENGTHS_DENSE = st.one_of(st.integers(2, 300), st.sampled_from([513, 1000, 2049, 4097, 20_011, 200_001]))
-    RANKS, SAMPLES = st.one_of(st.integers(1, 22), st.integers(1, 130)), st.integers(1, 70)
-else:  # sizes that the interpreter does in a second or two; test_shapes has single larger ones
-    EXAMPLES = 5
-    LENGTHS = st.one_of(st.integers(2, 300), st.sampled_from([15, 16, 17, 63, 64, 65, 129, 255, 513, 1000, 2049]))
-    LENGTHS_DENSE = st.integers(2, 150)
-    RANKS, SAMPLES = st.sampled_from([1, 2, 6, 6, 11, 21]), st.sampled_from([1, 4, 5, 8, 9])
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def shapes(sampler):
+    """(L, k, n_sample, dtype): on a GPU from a short list, for every shape is compiled anew, some seconds for each; in
+    the interpreter sizes that it does in a second or two; test_shapes has single larger ones."""
+    if ON_GPU:
+        return st.sampled_from([
+            (2, 1, 1, F32), (15, 6, 5, BF16), (65, 6, 4, F32), (100, 6, 10, F16), (257, 21, 9, BF16), (300, 130, 33, F32),
+            (513, 2, 70, F16), (1000, 6, 5, F32), (1000, 6, 10, BF16), (2049, 101, 8, F32), (4097, 11, 16, F16),
+            (20_011, 6, 5, BF16), (200_001, 6, 10, F32),
+        ])  # fmt: skip
+    short = st.one_of(st.integers(2, 300), st.sampled_from([15, 16, 17, 63, 64, 65, 129, 255, 513, 1000, 2049]))
+    return st.tuples(
+        st.integers(2, 150) if sampler == "dense" else short, st.sampled_from([1, 2, 6, 6, 11, 21]),
+        st.sampled_from([1, 4, 5, 8, 9]), st.sampled_from([F32, BF16, F16]),
+    )  # fmt: skip
+
+
+EXAMPLES = 40 if ON_GPU else 5
 SEARCH = dict(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
 SEARCH["suppress_health_check"] = list(HealthCheck)
 PARTS = st.sampled_from([1, 1, 2, 4])  # programs a row in the first launch; the launcher's own choice is by shape
@@ -115,9 +126,7 @@ def test_known_answers(case, name):
 @given(data=st.data())
 def test_candidates(kind, data):
     name = data.draw(st.sampled_from(["thinned", "thinned", "dense"]), "sampler")
-    n_classes = data.draw(LENGTHS_DENSE if name == "dense" else LENGTHS, "n_classes")
-    n_sample, k = data.draw(SAMPLES, "n_sample"), data.draw(RANKS, "k")
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
+    n_classes, k, n_sample, dtype = data.draw(shapes(name), "shape")
     scores = scores_of(kind, dtype, data.draw(st.integers(1, 2)), n_classes, data.draw(st.integers(0, 2**31)))
     with pytest.MonkeyPatch.context() as patch:
         parts = data.draw(PARTS, "parts")
@@ -134,10 +143,8 @@ def test_candidates(kind, data):
 @given(data=st.data())
 def test_losses_and_gradients(kind, data):
     name = data.draw(st.sampled_from(["thinned", "thinned", "dense"]), "sampler")
-    n_classes = data.draw(LENGTHS_DENSE if name == "dense" else LENGTHS, "n_classes")
-    n_rows, n_sample = data.draw(st.integers(1, 3), "n_rows"), data.draw(SAMPLES, "n_sample")
-    k = min(data.draw(RANKS, "k"), n_classes - 1)
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
+    n_classes, k, n_sample, dtype = data.draw(shapes(name), "shape")
+    n_rows, k = data.draw(st.integers(1, 3), "n_rows"), min(k, n_classes - 1)
     data_seed = data.draw(st.integers(0, 2**31), "data_seed")
     scores = scores_of(kind, dtype, n_rows, n_classes, data_seed)
     generator = torch.Generator().manual_seed(data_seed)

@@ -4,6 +4,7 @@
 // and warps take the samples. What `word_bound` drops could not have entered.
 #pragma once
 
+#include "../bounds.h"
 #include "bag.h"
 #include "contenders.h"
 
@@ -11,33 +12,6 @@ namespace topk_fast {
 namespace {
 
 constexpr int kTile = 32;  // contenders whose draws make the first bound
-
-// A bound on word >> 8 beyond which score + epsilon * normal(word) is certainly below `reach`.
-//
-// Q(x) <= phi(x) * 2 / (x + sqrt(x^2 + 8 / pi)) for x >= 0 (Pollak 1956), at an x lowered by more than all roundings of
-// the noised score and of `normal` can amount to. What is not certain passes.
-__device__ __forceinline__ int32_t word_bound(float score, float reach, float epsilon) {
-  if (epsilon == 0.0f) return score < reach ? -1 : 0x7FFFFFFF;
-  const float gap = (reach - score) / epsilon;
-  const float slack = (fabsf(reach) + fabsf(score)) / epsilon * 4e-7f + fabsf(gap) * 4e-6f + 2e-5f;
-  const float x = gap - slack;
-  if (!(x > 0.0f)) return 0x7FFFFFFF;  // also where any of them is infinite or NaN
-  const float e = x * x * 0.5f;
-  if (!(e < 80.0f)) return 2;
-  const float f = e * -1.44269504f;
-  const int32_t i = (int32_t)(f - 0.5f);
-  const float g = (f - (float)i) * 0.69314718f;
-  float y = g * 0.0013888889f + 0.0083333338f;
-  y = y * g + 0.041666668f;
-  y = y * g + 0.16666667f;
-  y = y * g + 0.5f;
-  y = y * g + 1.0f;
-  y = y * g + 1.0f;
-  const float exp = Scalar::as_float(Scalar::as_int(y) + (int32_t)((uint32_t)i << 23));
-  const float q = exp * 0.79796f / (x + Scalar::root(x * x + 2.5464790894703255f));
-  return (int32_t)(q * 16777216.0f + 2.0f);
-}
-__device__ __forceinline__ int32_t word_bound(double, double, double) { return 0x7FFFFFFF; }  // draws all
 
 // A row as the stages below see it.
 template <class T, class S>
@@ -75,6 +49,7 @@ __device__ bool draw(const Args& a, const Row<T, S>& row, int64_t first, int cou
   const int rank = Threads::rank(), lane = Threads::lane(), k = (int)a.p.k, held = a.l.held;
   const unsigned before = (1u << lane) - 1;
   const S epsilon = (S)a.p.epsilon;
+  const float rough = bound_epsilon(a.p.epsilon);
   for (int b = Threads::warp(); b < count; b += TEAM / 32) bag_of(bag_values, bag_classes, b, k).clear();
   if (rank < 16) counts[rank] = 0;
   Threads::sync();
@@ -91,7 +66,7 @@ __device__ bool draw(const Args& a, const Row<T, S>& row, int64_t first, int cou
       Contender<S> c = {-infinity<S>(), 0};
       if (here) c = row.contender(i);
       nan |= c.score != c.score;
-      const int32_t bound = here && c.score > row.cut ? word_bound(c.score, reach, epsilon) : -1;
+      const int32_t bound = here && c.score > row.cut ? word_bound<Scalar>((float)c.score, (float)reach, rough) : -1;
       for (int quad = 0; quad * 4 < count; ++quad) {
         const uint32_t class_id = (uint32_t)(c.class_id + (int32_t)a.p.first_class);
         const Words w = philox(class_id, row.number, (uint32_t)(first / 4 + quad), 0, row.key0, row.key1);

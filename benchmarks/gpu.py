@@ -1,0 +1,106 @@
+"""Everything that only a GPU can show, in one run of limited time: device tests, benchmarks, profile, sanitizers.
+
+Each step has its own time; one that fails or is cut short does not keep the next from running. What they print goes to
+$OUT/gpu.log (out/ by default), how they ended to $OUT/steps.json, their results beside them: gpu.json, linear_gpu.json.
+
+    make gpu                                   # builds, then this; 9 minutes at most
+    make gpu ARGS="--set quick"                # fewer cases
+    make gpu ARGS="--only tests memcheck"      # some of the steps
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import harness
+
+TESTS = ["tests/test_contract.py", "tests/test_cuda.py", "tests/test_triton.py"]
+SMALL = "(layout or across_blocks or ignored or list_holds or kinds) and not order"
+
+
+class Step(NamedTuple):
+    name: str
+    seconds: float  # at most
+    command: list[str]
+    optional: bool = False  # whether a failure is only told: profilers are not allowed everywhere
+
+
+def steps(which: str) -> list[Step]:
+    """In the order of what is learnt from a step for its time."""
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    # Compiling for the device is most of the tests' time.
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    loss = [sys.executable, "benchmarks/loss.py", "--device", "cuda"]
+    counters = ["--metrics", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "--clock-control", "none"]
+    return [
+        Step("tests", 200, [*pytest, *workers, *TESTS]),
+        Step("benchmark", 200, [*loss, "--set", which]),
+        Step("linear", 60, [sys.executable, "benchmarks/linear.py"]),
+        Step(
+            "profile", 60, ["ncu", "--csv", *counters, "-k", "regex:search_kernel|gradient_kernel", *loss, "--once"], True
+        ),
+        *(
+            Step(tool, 90, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, *TESTS[1:], "-k", SMALL])
+            for tool in ("memcheck", "racecheck", "synccheck")
+        ),
+    ]  # fmt: skip
+
+
+def run(step: Step, log, seconds: float) -> dict:
+    """How a step ended: passed, failed, cut short or missing its tool; its output goes to ``log``."""
+    print(f"\n== {step.name}: {' '.join(step.command)}", file=log, flush=True)
+    begin = time.monotonic()
+    ended = {"step": step.name, "optional": step.optional, "command": step.command}
+    if shutil.which(step.command[0]) is None:
+        return ended | {"outcome": f"{step.command[0]} is not installed", "seconds": 0.0}
+    process = subprocess.Popen(
+        step.command, stdout=log, stderr=subprocess.STDOUT, cwd=harness.ROOT, start_new_session=True
+    )
+    try:
+        code = process.wait(min(step.seconds, seconds))
+        outcome = "passed" if code == 0 else f"failed with {code}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with what it started
+        process.wait()
+        outcome = "cut short"
+    return ended | {"outcome": outcome, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def run_all(todo: list[Step], folder: Path, seconds: float) -> bool:
+    """Runs the steps and writes how they ended after each; true if all passed that are not optional."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    report = {"environment": harness.environment("cuda" if harness.torch.cuda.is_available() else "cpu"), "steps": []}
+    with open(folder / "gpu.log", "w") as log:
+        for step in todo:
+            left = end - time.monotonic()
+            ended = run(step, log, left) if left > 0 else {"step": step.name, "outcome": "no time left", "seconds": 0.0}
+            report["steps"].append(ended)
+            harness.write(folder / "steps.json", report)
+            print(f"{step.name:10} {ended['seconds']:6.1f} s  {ended['outcome']}", flush=True)
+    return all(step["outcome"] == "passed" or step.get("optional") for step in report["steps"])
+
+
+def main(argv: list[str] | None = None):
+    names = [step.name for step in steps("full")]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", choices=["quick", "full"], default="full", help="cases of the benchmark")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these steps alone")
+    parser.add_argument("--seconds", type=float, default=480, help="for all steps together; default 480")
+    args = parser.parse_args(argv)
+    if not harness.torch.cuda.is_available():
+        raise SystemExit("make gpu needs a GPU that torch.cuda sees")
+    folder = Path(os.environ.get("OUT", harness.ROOT / "out"))
+    todo = [step for step in steps(args.set) if step.name in args.only]
+    raise SystemExit(0 if run_all(todo, folder, args.seconds) else f"not all steps passed: see {folder / 'gpu.log'}")
+
+
+if __name__ == "__main__":
+    main()
