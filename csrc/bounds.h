@@ -22,8 +22,8 @@ TOPK_FAST_FN typename O::F magnitude(typename O::F x) {
 // than the roundings of the noised score and of z amount to. -inf or NaN where there is none.
 template <class O>
 TOPK_FAST_FN typename O::F certain_below(typename O::F score, typename O::F reach, float epsilon) {
-  const auto gap = (reach - score) / epsilon;
-  return gap - ((magnitude<O>(reach) + magnitude<O>(score)) / epsilon * 4e-7f + magnitude<O>(gap) * 4e-6f + 2e-5f);
+  const auto x = ((reach - score) - (magnitude<O>(reach) + magnitude<O>(score)) * 4e-7f) / epsilon;
+  return x - (magnitude<O>(x) * 4e-6f + 2e-5f);
 }
 
 // A q >= 1 - Phi(x) for x >= 0: phi(x) * 2 / (x + sqrt(x^2 + 8 / pi)), Pollak 1956, up to a sixteenth too large.

@@ -31,10 +31,12 @@ constexpr int kWalkers = 32;  // samples, of one or more rows, whose arrivals ar
 // Keys of the lists of one item: k for each sample, samples rounded up to whole groups of lists.
 inline int64_t item_keys(const Search& p) { return (p.samples_per_split + kLists - 1) / kLists * kLists * p.k; }
 
-// Items that a thread searches together.
+// Items that a thread searches together: as many as fill the walkers and keep their lists in its cache.
 inline int64_t items_together(const Search& p) {
   const int64_t samples = p.samples_per_split < p.n_sample ? p.samples_per_split : p.n_sample;
-  return samples < kWalkers ? kWalkers / samples : 1;
+  const int64_t filling = kWalkers / samples, fitting = (1 << 16) / item_keys(p);
+  const int64_t items = filling < fitting ? filling : fitting;
+  return items > 1 ? items : 1;
 }
 
 // 64-bit words that a thread needs.

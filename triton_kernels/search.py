@@ -24,20 +24,34 @@ LOSS = tl.constexpr(2)
 
 
 @triton.jit
-def word_bound(score, reach, epsilon):
-    """A bound on ``word >> 8`` beyond which score + epsilon * normal(word) is certainly below ``reach``.
+def certain_below(score, reach, epsilon):
+    """An x such that score + epsilon * z is below ``reach`` for every draw z < x; see csrc/bounds.h, also of the rest."""
+    x = tl.div_rn((reach - score) - (tl.abs(reach) + tl.abs(score)) * 4e-7, epsilon)
+    return x - (tl.abs(x) * 4e-6 + 2e-5)
 
-    Q(x) <= phi(x) * 2 / (x + sqrt(x^2 + 8 / pi)) for x >= 0 (Pollak 1956), at an x lowered by more than all roundings
-    of the noised score and of ``normal`` can amount to. What is not certain passes.
-    """
-    gap_ = tl.div_rn(reach - score, epsilon)
-    slack = tl.div_rn(tl.abs(reach) + tl.abs(score), epsilon) * 4e-7 + tl.abs(gap_) * 4e-6 + 2e-5
-    x = gap_ - slack
-    above = x > 0.0
-    x = tl.where(above, x, 0.0)
-    q = tl.div_rn(exp_minus(x * x * 0.5) * 0.79796, x + tl.sqrt_rn(x * x + 2.5464790894703255))
-    bound = tl.where(above, (q * 16777216.0 + 2.0).to(tl.int32), MAX32)
+
+@triton.jit
+def upper_tail(x):
+    """A bound on 1 - Phi(x) for x >= 0: phi(x) * 2 / (x + sqrt(x^2 + 8 / pi)) (Pollak 1956), as of 7.5 beyond that."""
+    x = tl.minimum(x, 7.5)
+    return tl.div_rn(exp_minus(x * x * 0.5) * 0.79796, x + tl.sqrt_rn(x * x + 2.5464790894703255))
+
+
+@triton.jit
+def word_bound(score, reach, epsilon):
+    """A bound on ``word >> 8`` beyond which score + epsilon * normal(word) is certainly below ``reach``."""
+    x = certain_below(score, reach, epsilon)
+    bound = tl.where(x > 0.0, (upper_tail(tl.where(x > 0.0, x, 0.0)) * 16777216.0 + 2.0).to(tl.int32), MAX32)
     return tl.where((epsilon == 0.0) & (score < reach), -1, bound)
+
+
+@triton.jit
+def time_bound(cut, reach, epsilon):
+    """A bound on an arrival's time beyond which cut + epsilon * level is certainly below ``reach``."""
+    x = certain_below(cut, reach, epsilon)
+    q = upper_tail(tl.where(x > 0.0, x, 0.0))
+    bound = tl.where(x > 0.0, (q + q * q) * 1.00001, float("inf"))
+    return tl.where((epsilon == 0.0) & (cut < reach), 0.0, bound)
 
 
 @triton.jit
@@ -168,7 +182,10 @@ def alternate(x, y):
 @triton.jit
 def walk(bags, row, class_stride, n_classes, cut, number, seed, first_sample, n_sample, first_class, epsilon,
          N: tl.constexpr, ARRIVALS: tl.constexpr):  # fmt: skip
-    """The classes at or below the cut into the bags: arrivals at falling levels, until none can enter any more."""
+    """The classes at or below the cut into the bags: arrivals at falling levels, until none can enter any more.
+
+    Scores of those that ``time_bound`` rules out are not read; they end the walk of their sample.
+    """
     sample = first_sample + tl.arange(0, N)
     walking = sample < n_sample
     lane = tl.arange(0, ARRIVALS)[:, None]
@@ -182,10 +199,12 @@ def walk(bags, row, class_stride, n_classes, cut, number, seed, first_sample, n_
         gap0 = gap(w0).to(tl.int64)
         both = gap0 + gap(w2).to(tl.int64)
         after = sums[None, :] + tl.cumsum(both, 0)
-        times = alternate(after - both + gap0, after)  # [ARRIVALS, N]
+        time = arrival_time(alternate(after - both + gap0, after), n_classes)  # [ARRIVALS, N]
         drawn = alternate(arrival_class(w1, n_classes), arrival_class(w3, n_classes))
-        shift = hazard_quantile(arrival_time(times, n_classes)) * epsilon
-        clean = load_scores(row + drawn.to(tl.int64) * class_stride, walking[None, :] & (lane >= 0), float("inf"))
+        until = tl.where(walking, time_bound(cut, value_of(tl.min(bags, 0)), epsilon), -1.0)
+        place = row + drawn.to(tl.int64) * class_stride
+        clean = load_scores(place, time <= until[None, :], float("inf"))
+        shift = hazard_quantile(time) * epsilon
         level = ordered(cut + shift)
         value = clean + shift
         fits = (clean <= cut) & (value > float("-inf"))

@@ -117,10 +117,12 @@ __device__ bool draw(const Args& a, const Row<T, S>& row, int64_t first, int cou
 }
 
 // The classes at or below the cut into one sample's bag: arrivals at falling levels, a lane each, until none can enter.
+// Scores of those that `time_bound` rules out are not read; they end the walk.
 template <class T, class S>
 __device__ void walk(const Args& a, const Row<T, S>& row, int64_t sample, const Bag<S>& bag) {
   const int lane = (int)(threadIdx.x % 32);
   const S epsilon = (S)a.p.epsilon;
+  const float rough = bound_epsilon(a.p.epsilon);
   int64_t sum = 0;
   for (uint32_t pair = 0;; pair += 16) {
     const Words w = philox(pair + (uint32_t)(lane / 2), row.number, (uint32_t)sample, 1 + (uint32_t)a.p.first_class,
@@ -133,10 +135,13 @@ __device__ void walk(const Args& a, const Row<T, S>& row, int64_t sample, const 
     }
     time += sum;
     sum = __shfl_sync(kFull, time, 31);
+    const float e = arrival_time(time, a.inverse_l);
+    const bool matters = e <= time_bound<Scalar>((float)row.cut, (float)bag.worst(), rough);
+    if (__ballot_sync(kFull, matters) == 0) return;
     const int32_t drawn = (int32_t)(((uint64_t)class_word * (uint64_t)a.p.n_classes) >> 32);
     const int32_t class_id = drawn + (int32_t)a.p.first_class;
-    const S shift = (S)hazard_quantile<Scalar>(arrival_time(time, a.inverse_l)) * epsilon;
-    const S clean = (S)widen(row.scores[drawn * row.class_stride]);
+    const S shift = (S)hazard_quantile<Scalar>(e) * epsilon;
+    const S clean = matters ? (S)widen(row.scores[drawn * row.class_stride]) : -infinity<S>();
     const S level = row.cut + shift, value = clean + shift;
     const bool fits = clean <= row.cut && value > -infinity<S>();
     int next = 0;  // the first lane that is not dealt with
