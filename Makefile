@@ -47,6 +47,8 @@ bench: build
 	$(PYTHON) -m pytest benchmarks/test_micro.py --benchmark-enable --benchmark-columns=min,median,iqr,rounds
 	$(PYTHON) benchmarks/loss.py $(ARGS)
 
+# One commit for all of it: the first results make the tree dirty.
+bench-full: export COMMIT := $(shell git describe --always --dirty 2>/dev/null)
 bench-full: build data/species_logits.pt
 	$(PYTHON) benchmarks/loss.py --set full $(ARGS)
 	$(PYTHON) benchmarks/linear.py
