@@ -54,9 +54,20 @@ static inline int32_t class_of(Key<S> key) {
 }
 
 // n rows of kLists keys go down kLists lists of k keys, keys[i][list], one key of a row in each list; n is a multiple
-// of kAbreast, whose rows go together, each a step behind the one before it: a list's key is loaded once for all of
-// them.
+// of kAbreast.
 constexpr int kAbreast = 4;
+template <class K>
+static inline void sift(K* keys, int k, const K* rows, int n) {
+  for (int j = 0; j < n * kLists; ++j) {
+    K x = rows[j];
+    if (!(x > keys[(k - 1) * kLists + j % kLists])) continue;
+    for (int i = j % kLists; i < k * kLists; i += kLists)
+      if (x > keys[i]) std::swap(x, keys[i]);
+  }
+}
+
+#if defined(TOPK_FAST_AVX512) || defined(TOPK_FAST_AVX2)
+// Without a branch, kAbreast rows together, each a step behind the one before it: a list's key is loaded once for all.
 static inline void sift(int64_t* keys, int k, const int64_t* rows, int n) {
   typedef int64_t Piece __attribute__((vector_size(kVectorBytes)));  // wider ones g++ takes apart lane by lane
   constexpr int kPiece = kVectorBytes / 8;
@@ -76,14 +87,7 @@ static inline void sift(int64_t* keys, int k, const int64_t* rows, int n) {
       }
     }
 }
-static inline void sift(__int128* keys, int k, const __int128* rows, int n) {
-  for (int j = 0; j < n * kLists; ++j) {
-    __int128 x = rows[j];
-    if (!(x > keys[(k - 1) * kLists + j % kLists])) continue;
-    for (int i = j % kLists; i < k * kLists; i += kLists)
-      if (x > keys[i]) std::swap(x, keys[i]);
-  }
-}
+#endif
 
 // What follows takes one list of k keys, kLists apart, best first; (-inf, -1) pads, above every class's -inf.
 template <class S>

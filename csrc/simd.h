@@ -115,6 +115,8 @@ struct Wide {
     return _mm512_movepi32_mask((__m512i)m);
 #elif defined(TOPK_FAST_AVX2)
     return (uint32_t)_mm256_movemask_ps((__m256)m);
+#elif defined(__x86_64__)
+    return (uint32_t)_mm_movemask_ps((__m128)m);
 #else
     return (uint32_t)((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8));
 #endif
@@ -130,10 +132,6 @@ struct Wide {
   (uint32_t)_mm512_cmp_pd_mask(_mm512_loadu_pd(x), _mm512_set1_pd(bound), _CMP_##how##_UQ)
 #define TOPK_FAST_COMPARE_WIDE(x, bound, how) \
   (TOPK_FAST_HALF_WIDE(x, bound, how) | TOPK_FAST_HALF_WIDE(x + 8, bound, how) << 8)
-#elif defined(TOPK_FAST_AVX2)
-#define TOPK_FAST_HALF(x, bound, how) \
-  (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_set1_ps(bound), _CMP_##how##_UQ))
-#define TOPK_FAST_COMPARE(x, bound, how) (TOPK_FAST_HALF(x, bound, how) | TOPK_FAST_HALF(x + 8, bound, how) << 8)
 #endif
 
 // Bit i: not (x[i] <= bound), so that a NaN is a hit.
@@ -152,13 +150,22 @@ static inline uint32_t hits_at_least(const S* x, S bound) {
   return mask;
 }
 
-#if defined(TOPK_FAST_COMPARE)
+#if defined(TOPK_FAST_AVX512)
 static inline uint32_t hits_above(const float* x, float bound) { return TOPK_FAST_COMPARE(x, bound, NLE); }
 static inline uint32_t hits_at_least(const float* x, float bound) { return TOPK_FAST_COMPARE(x, bound, NLT); }
-#endif
-#if defined(TOPK_FAST_COMPARE_WIDE)
 static inline uint32_t hits_above(const double* x, double bound) { return TOPK_FAST_COMPARE_WIDE(x, bound, NLE); }
 static inline uint32_t hits_at_least(const double* x, double bound) { return TOPK_FAST_COMPARE_WIDE(x, bound, NLT); }
+#else
+static inline uint32_t hits_above(const float* x, float bound) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; i += Vector<float>::n) mask |= Wide::bits(~(Wide::load(x + i) <= bound)) << i;
+  return mask;
+}
+static inline uint32_t hits_at_least(const float* x, float bound) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; i += Vector<float>::n) mask |= Wide::bits(~(Wide::load(x + i) < bound)) << i;
+  return mask;
+}
 #endif
 
 // Bit i: word[i] >> 8 is at most bound[i].
