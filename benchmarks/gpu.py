@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import harness
 
 TESTS = ["tests/test_contract.py", "tests/test_cuda.py", "tests/test_triton.py"]
@@ -54,10 +56,12 @@ def steps(which: str) -> list[Step]:
 
 
 def run(step: Step, log, seconds: float) -> dict:
-    """How a step ended: passed, failed, cut short or missing its tool; its output goes to ``log``."""
+    """How a step of at most ``seconds`` ended, if it began at all; its output goes to ``log``."""
     print(f"\n== {step.name}: {' '.join(step.command)}", file=log, flush=True)
     begin = time.monotonic()
     ended = {"step": step.name, "optional": step.optional, "command": step.command}
+    if seconds <= 0:
+        return ended | {"outcome": "no time left", "seconds": 0.0}
     if shutil.which(step.command[0]) is None:
         return ended | {"outcome": f"{step.command[0]} is not installed", "seconds": 0.0}
     process = subprocess.Popen(
@@ -77,15 +81,14 @@ def run_all(todo: list[Step], folder: Path, seconds: float) -> bool:
     """Runs the steps and writes how they ended after each; true if all passed that are not optional."""
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
-    report = {"environment": harness.environment("cuda" if harness.torch.cuda.is_available() else "cpu"), "steps": []}
+    report = {"environment": harness.environment("cuda" if torch.cuda.is_available() else "cpu"), "steps": []}
     with open(folder / "gpu.log", "w") as log:
         for step in todo:
-            left = end - time.monotonic()
-            ended = run(step, log, left) if left > 0 else {"step": step.name, "outcome": "no time left", "seconds": 0.0}
+            ended = run(step, log, end - time.monotonic())
             report["steps"].append(ended)
             harness.write(folder / "steps.json", report)
             print(f"{step.name:10} {ended['seconds']:6.1f} s  {ended['outcome']}", flush=True)
-    return all(step["outcome"] == "passed" or step.get("optional") for step in report["steps"])
+    return all(step["outcome"] == "passed" or step["optional"] for step in report["steps"])
 
 
 def main(argv: list[str] | None = None):
@@ -95,7 +98,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these steps alone")
     parser.add_argument("--seconds", type=float, default=480, help="for all steps together; default 480")
     args = parser.parse_args(argv)
-    if not harness.torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise SystemExit("make gpu needs a GPU that torch.cuda sees")
     folder = Path(os.environ.get("OUT", harness.ROOT / "out"))
     todo = [step for step in steps(args.set) if step.name in args.only]
