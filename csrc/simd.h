@@ -126,14 +126,6 @@ struct Wide {
   static I load(const uint32_t* x) { return Vector<float>::lanes((const int32_t*)x); }
 };
 
-#if defined(TOPK_FAST_AVX512)
-#define TOPK_FAST_COMPARE(x, bound, how) _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_##how##_UQ)
-#define TOPK_FAST_HALF_WIDE(x, bound, how) \
-  (uint32_t)_mm512_cmp_pd_mask(_mm512_loadu_pd(x), _mm512_set1_pd(bound), _CMP_##how##_UQ)
-#define TOPK_FAST_COMPARE_WIDE(x, bound, how) \
-  (TOPK_FAST_HALF_WIDE(x, bound, how) | TOPK_FAST_HALF_WIDE(x + 8, bound, how) << 8)
-#endif
-
 // Bit i: not (x[i] <= bound), so that a NaN is a hit.
 template <class S>
 static inline uint32_t hits_above(const S* x, S bound) {
@@ -151,10 +143,22 @@ static inline uint32_t hits_at_least(const S* x, S bound) {
 }
 
 #if defined(TOPK_FAST_AVX512)
-static inline uint32_t hits_above(const float* x, float bound) { return TOPK_FAST_COMPARE(x, bound, NLE); }
-static inline uint32_t hits_at_least(const float* x, float bound) { return TOPK_FAST_COMPARE(x, bound, NLT); }
-static inline uint32_t hits_above(const double* x, double bound) { return TOPK_FAST_COMPARE_WIDE(x, bound, NLE); }
-static inline uint32_t hits_at_least(const double* x, double bound) { return TOPK_FAST_COMPARE_WIDE(x, bound, NLT); }
+static inline uint32_t hits_above(const float* x, float bound) {
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_NLE_UQ);
+}
+static inline uint32_t hits_at_least(const float* x, float bound) {
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(bound), _CMP_NLT_UQ);
+}
+static inline uint32_t hits_above(const double* x, double bound) {
+  const __m512d b = _mm512_set1_pd(bound);
+  const uint32_t high = _mm512_cmp_pd_mask(_mm512_loadu_pd(x + 8), b, _CMP_NLE_UQ);
+  return _mm512_cmp_pd_mask(_mm512_loadu_pd(x), b, _CMP_NLE_UQ) | high << 8;
+}
+static inline uint32_t hits_at_least(const double* x, double bound) {
+  const __m512d b = _mm512_set1_pd(bound);
+  const uint32_t high = _mm512_cmp_pd_mask(_mm512_loadu_pd(x + 8), b, _CMP_NLT_UQ);
+  return _mm512_cmp_pd_mask(_mm512_loadu_pd(x), b, _CMP_NLT_UQ) | high << 8;
+}
 #else
 static inline uint32_t hits_above(const float* x, float bound) {
   uint32_t mask = 0;
