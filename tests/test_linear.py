@@ -51,8 +51,10 @@ def layer(dtype=torch.float32, n_rows=N, exact=False, seed=0):
 
 def unfused(x, weight, bias, target, kind, **more):
     normalize, has_bias, margins = KINDS[kind]
-    if normalize:
-        x, weight = F.normalize(x, dim=-1), F.normalize(weight, dim=-1)
+    if normalize:  # lengths and quotients in float32 at least
+        x, weight = (
+            F.normalize(t.double() if t.dtype == torch.float64 else t.float(), dim=-1).to(t.dtype) for t in (x, weight)
+        )
     logits = F.linear(x, weight, bias if has_bias else None)
     if logits.dim() > 2:
         logits = logits.movedim(-1, 1)
@@ -225,17 +227,89 @@ def test_gradcheck(chunk, kind):
     )
 
 
+def small_layer():
+    """float64, few of the weight's rows free, so that gradgradcheck takes seconds; one ignored row, and equal classes."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (
+        torch.randn(*s, generator=generator, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (9, 3), (9,))
+    )
+    return x, weight, bias, torch.tensor([0, 5, -100, 5])
+
+
+@pytest.mark.parametrize("kind", ["plain", "with a bias", "cosine logits"])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_gradgradcheck(chunk, kind):
+    normalize, has_bias, _ = KINDS[kind]
+    x, weight, bias, target = small_layer()
+
+    def function(x, weight, bias):
+        return linear_noised_topk_loss(
+            x, weight, target, bias if has_bias else None, k=2, epsilon=0.3, normalize=normalize, chunk_size=chunk, seed=3,
+            reduction="none",
+        )  # fmt: skip
+
+    losses = function(x, weight, bias)
+    assert (losses > 0).sum() == 3, "a hinge that is closed has no second derivative to check"
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias), atol=1e-7)
+
+
+@every_kind
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivatives_are_those_of_the_unfused_loss(power, kind):
+    """A penalty on the gradient: its own gradient with the loss's curvature (power 2) and without, once and thrice taken."""
+    x, weight, bias, target = layer(torch.float64)
+    leaves = (x, weight, bias)
+    found = []
+    for function in (fused, unfused):
+        loss = function(*leaves, target, kind) ** power
+        first = torch.autograd.grad(loss, (x, weight), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight), create_graph=True)
+        third = torch.autograd.grad(sum(g.square().sum() for g in second), (x, weight))
+        found.append((*(g.detach() for g in (*first, *second)), *third))
+    assert all(g.any() for g in found[1])
+    for ours, expected in zip(*found):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_second_derivatives_through_torch_func():
+    x, weight, bias, target = layer(torch.float64)
+    x, weight, bias = (t.detach() for t in (x, weight, bias))
+
+    def penalty(function):
+        def of(weight):
+            return torch.func.grad(lambda w: function(x, w, bias, target, "plain"))(weight).square().sum()
+
+        return torch.func.grad(of)(weight)
+
+    def crossed(function):
+        of_x = lambda w: torch.func.grad(lambda x: function(x, w, bias, target, "plain"))(x).square().sum()  # noqa: E731
+        return torch.func.grad(of_x)(weight)
+
+    torch.testing.assert_close(penalty(fused), penalty(unfused))
+    torch.testing.assert_close(crossed(fused), crossed(unfused))
+    assert crossed(unfused).any()
+
+
+def test_a_sparse_gradient_has_no_second_derivative():
+    x, weight, bias, target = layer()
+    loss = fused(x, weight, bias, target, "plain", sparse_grad=True)
+    with pytest.raises(RuntimeError, match="sparse_grad=True has no second derivative: pass sparse_grad=False"):
+        torch.autograd.grad(loss, weight, create_graph=True)
+
+
 @every_kind
 def test_a_sparse_gradient_is_the_dense_one(kind):
     x, weight, bias, target = layer()
-    dense = gradients(fused(x, weight, bias, target, kind), x, weight)
-    given = gradients(fused(x, weight, bias, target, kind, sparse_grad=True), x, weight)
+    leaves = (x, weight, bias) if KINDS[kind][1] else (x, weight)
+    dense = gradients(fused(x, weight, bias, target, kind), *leaves)
+    given = gradients(fused(x, weight, bias, target, kind, sparse_grad=True), *leaves)
     same(given[0], dense[0])
-    sparse = given[1]
-    assert sparse.is_sparse and sparse.is_coalesced() and sparse.dtype == weight.dtype
-    assert 0 < sparse._nnz() <= N * 6 and (sparse.indices()[0].diff() > 0).all()
-    same(sparse.to_dense(), dense[1])
-    same(sparse.indices()[0], dense[1].any(1).nonzero()[:, 0])  # no row without an entry
+    for sparse, whole in zip(given[1:], dense[1:], strict=True):
+        assert sparse.is_sparse and sparse.is_coalesced() and sparse.dtype == weight.dtype
+        assert 0 < sparse._nnz() <= N * 6 and (sparse.indices()[0].diff() > 0).all()
+        same(sparse.to_dense(), whole)
+        assert {*whole.nonzero()[:, 0].tolist()} <= {*sparse.indices()[0].tolist()}
+    same(given[1].indices()[0], dense[1].any(1).nonzero()[:, 0])  # no row without an entry
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.SparseAdam])
@@ -253,6 +327,32 @@ def test_optimizers_take_sparse_gradients_and_touch_no_other_row(optimizer):
     same(given, expected)
     changed = (given != weight).any(1).nonzero()[:, 0]
     assert torch.equal(changed, grad.indices()[0]) and 0 < len(changed) <= N * 6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sparse_adam_takes_a_whole_head(bias):
+    """Its default bias too, whose gradient is as sparse as the weight's."""
+    head = LinearBalNoisedTopK(D, L, K, 0.3, bias=bias, sparse_grad=True, seed=1)
+    before = [p.detach().clone() for p in head.parameters()]
+    x, _, _, target = layer()
+    head(x, target).backward()
+    torch.optim.SparseAdam(head.parameters(), lr=0.1).step()
+    for parameter, old in zip(head.parameters(), before):
+        changed = (parameter != old).flatten(1).any(1) if parameter.dim() > 1 else parameter != old
+        assert 0 < changed.sum() <= N * 6
+
+
+def test_sparse_gradients_of_computed_weights():
+    """weight_norm makes the weight anew in every forward; its derivative takes dense gradients alone."""
+    head = nn.utils.parametrizations.weight_norm(LinearBalNoisedTopK(D, L, K, 0.3, sparse_grad=True))
+    x, _, _, target = layer()
+    with pytest.raises(
+        ValueError, match="sparse_grad=True needs a weight that is a leaf .* computed by .*: pass sparse"
+    ):
+        head(x, target)
+    head.sparse_grad = False
+    head(x, target).backward()
+    assert all(p.grad.any() for p in head.parameters())
 
 
 def test_rows_without_loss_touch_nothing():
@@ -298,6 +398,91 @@ def test_repeated_backwards_have_the_same_bits_with_any_number_of_threads(sparse
     for other in results[1:]:
         for a, b in zip(results[0], other):
             same(a, b)
+
+
+# Cosine logits of rows without a direction, and of very long ones
+
+
+def head_of(form, dtype):
+    """Cosine logits' loss as a function of rows and weight: the module's logits, or the linear form."""
+
+    def loss(x, weight):
+        if form == "fused":
+            target = torch.zeros(len(x), dtype=torch.int64)
+            return linear_noised_topk_loss(x, weight, target, k=1, epsilon=0.0, normalize=True, reduction="sum")
+        head = NormedLinear(*weight.shape[::-1], dtype=dtype)
+        logits = torch.func.functional_call(head, {"weight": weight}, x)
+        return bal_noised_topk_loss(logits, torch.zeros(len(x), dtype=torch.int64), 1, 0.0, reduction="sum")
+
+    return loss
+
+
+every_form = pytest.mark.parametrize("form", ["fused", "module"])
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("place", ["input", "weight"])
+def test_rows_of_zeros(place, dtype, form):
+    """Finite losses, and gradients bounded by the inverse of the shortest length: F.cosine_similarity's, but in float16."""
+    x, weight = torch.eye(3, 4, dtype=dtype), torch.eye(5, 4, dtype=dtype) + 1
+    weight[4] = -1
+    (x if place == "input" else weight)[0] = 0
+    x.requires_grad_(), weight.requires_grad_()
+    loss = head_of(form, dtype)(x, weight)
+    assert loss.isfinite()
+    grads = torch.autograd.grad(loss, (x, weight))
+    assert all(g.isfinite().all() for g in grads)
+    shortest = max(1e-8, torch.finfo(dtype).tiny)
+    worst = float(grads[place == "weight"][0].abs().max())
+    assert 0 < worst <= 2 * len(x) / shortest
+
+
+def test_rows_of_zeros_have_the_gradient_of_cosine_similarity():
+    x, weight = torch.zeros(1, 4, requires_grad=True), torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
+    logits = nn_module.unit_rows(x) @ nn_module.unit_rows(weight).t()
+    (given,) = torch.autograd.grad(logits.sum(), x)
+    (expected,) = torch.autograd.grad(F.cosine_similarity(x, weight).sum(), x)
+    torch.testing.assert_close(given, expected)
+    assert given.abs().max() > 1e7
+
+
+@every_form
+def test_long_rows_in_float16(form):
+    """Lengths above 65504, the largest float16: the logits, and so the gradient's direction, of rows a thousandth as long."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*s, generator=generator) for s in ((3, 256), (5, 256)))
+    x, weight = (t.to(torch.float16).float() for t in (x, weight))
+    results = []
+    for factor in (1.0, 8192.0):  # powers of two change no rounding
+        leaves = [(t * factor).to(torch.float16).requires_grad_() for t in (x, weight)]
+        assert (leaves[0].detach().float().norm(dim=1) > 65504).all() == (factor > 1)
+        loss = head_of(form, torch.float16)(*leaves)
+        results.append((loss.detach(), *(g.float() * factor for g in torch.autograd.grad(loss * 64, leaves))))
+    (loss, *grads), (long_loss, *long_grads) = results
+    same(long_loss, loss)
+    for given, expected in zip(long_grads, grads):
+        assert given.any()
+        # The gradients of long rows are float16 subnormals: multiples of 2^-24, here times the factor.
+        torch.testing.assert_close(given, expected, rtol=2**-9, atol=8192.0 * 2**-24)
+
+
+@pytest.mark.parametrize("make", [
+    lambda **more: NormedLinear(D, L, **more),
+    lambda **more: LinearImbalNoisedTopK(D, K, 0.05, 0.4, range(1, L + 1), **more),
+    lambda **more: LinearBalNoisedTopK(D, L, K, 0.3, normalize=True, bias=False, **more),
+], ids=["module", "imbalanced", "balanced"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_cosine_heads_start_with_rows_of_length_1(make, dtype):
+    torch.manual_seed(0)
+    head = make(dtype=dtype)
+    for _ in range(2):
+        weight = head.weight.detach().double()
+        torch.testing.assert_close(weight.norm(dim=1), torch.ones(L).double(), rtol=0, atol=4 * torch.finfo(dtype).eps)
+        assert weight.mean().abs() < 0.02 and abs(weight.std() * D**0.5 - 1) < 0.02  # directions uniform on the sphere
+        with torch.no_grad():
+            head.weight.fill_(3.0)
+        head.reset_parameters()
 
 
 @pytest.mark.parametrize("place", ["input", "weight"])
@@ -352,7 +537,8 @@ def test_the_default_chunk_fits_its_budget(monkeypatch):
 
     def watched(name, suffix):
         def call(scores, *args):
-            sizes.append(tuple(scores.shape))
+            if name == "candidates":
+                sizes.append(tuple(scores.shape))
             return kernel(name, suffix)(scores, *args)
 
         return call
@@ -389,6 +575,10 @@ def test_opcheck(normalize, suffix):
         tensors = [None if t is None else t.detach() for t in (x, weight, b, y)]
         args = (*tensors, torch.tensor(1), 3, 0.5, 2, 100, False, normalize, 200, torch.float32)
         torch.library.opcheck(op, args)
+    loss = getattr(torch.ops.topk_fast, "linear_loss" + suffix).default
+    for b, margins in ((bias, MARGINS), (None, None)):
+        options = (3, 0.5, 2, 7.0, -100, False, normalize, 200, torch.float32, False)
+        torch.library.opcheck(loss, (x, weight, b, target, margins, torch.tensor(1), *options))
 
 
 def test_one_graph_for_all_seeds():
@@ -410,6 +600,22 @@ def test_one_graph_for_all_seeds():
         for a, b in zip(gradients(given, x, weight, bias), gradients(expected, x, weight, bias)):
             same(a, b)
     assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_a_sparse_gradient_breaks_the_graph_or_says_why():
+    x, weight, bias, target = layer()
+
+    def run(weight):
+        return linear_noised_topk_loss(x, weight, target, k=K, epsilon=0.3, seed=1, sparse_grad=True) * 2
+
+    expected = gradients(run(weight), weight)[0]
+    torch._dynamo.reset()
+    given = gradients(torch.compile(run, backend="aot_eager")(weight), weight)[0]
+    same(given.to_dense(), expected.to_dense())
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="sparse_grad=True makes gradients whose number of rows"):
+        torch.compile(run, backend="aot_eager", fullgraph=True)(weight)
     torch._dynamo.reset()
 
 
@@ -530,7 +736,7 @@ def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
         (dict(bias=torch.ones(L).half()), TypeError, "bias must have input's dtype torch.float32, got torch.float16"),
         (dict(bias=torch.ones(L - 1)), ValueError, r"bias must have shape \[L\] = \[700\], got \[699\]"),
         (dict(weight=torch.ones(L, D, device="meta")), ValueError, "weight must be on input's device cpu, got meta"),
-        (dict(target=torch.zeros(N)), TypeError, "target must be int64"),
+        (dict(target=torch.zeros(N)), TypeError, "target must hold class indices in int64"),
         (dict(target=torch.zeros(N - 1).long()), ValueError, r"target must have shape \[12\] .* got \[11\]"),
         (dict(target=torch.full((N,), L)), IndexError, r"target must be in \[0, L - 1\] = \[0, 699\] .* got 700"),
         (dict(k=L), ValueError, r"k must be in \[1, L - 1\] = \[1, 699\], got 700"),

@@ -91,8 +91,8 @@ def linear_case(
         process_group=None if world == 0 else dist.group.WORLD,
     )  # fmt: skip
     loss.sum().backward()
-    grad = weight.grad.to_dense() if sparse else weight.grad
-    return loss.detach(), x.grad, grad, b.grad if bias else torch.zeros(())
+    grads = [g.to_dense() if sparse else g for g in (weight.grad, b.grad if bias else torch.zeros(()))]
+    return loss.detach(), x.grad, *grads
 
 
 def with_nan_and_masks(scores, target):
@@ -226,6 +226,8 @@ WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must 
     "width": (
         lambda a: a | {"input": a["input"][:, 1:], "weight": a["weight"][:, 1:]}, "the same width", "the same width",
     ),
+    "input": (lambda a: a | {"input": a["input"] + torch.tensor([[0.0]] * 8 + [[1e-6]])}, "the same input", "the same input"),
+    "order of the input": (lambda a: a | {"input": a["input"].flip(1)}, "the same input", "the same input"),
     "gradient": (lambda a: a | {"input": a["input"].detach()}, "input_requires_grad", "input_requires_grad"),
     "a bad argument": (lambda a: a | {"epsilon": -1.0}, "rank 1 cannot take part", "epsilon must be at least 0"),
     "a bad tensor": (lambda a: a | {"target": None}, "rank 1 cannot take part", "target must be a tensor"),
@@ -260,6 +262,132 @@ def wrong_topk_case(rank, world, sizes):
         linear_topk(x, weight[part_of(sizes_of(sizes, world), rank)], L + 1, process_group=dist.group.WORLD)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def topk_of_own_features_case(rank, world, sizes):
+    """Each rank has features of its own."""
+    x, weight, _ = layer()
+    try:
+        linear_topk(x + rank, weight[part_of(sizes_of(sizes, world), rank)], K, process_group=dist.group.WORLD)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def said_by(call):
+    """The error of a call, or nothing."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def second_derivatives_case(rank, world, sizes):
+    """What sharded losses say of them, and the gradient that they give where there is none to take."""
+    own = part_of(sizes_of(sizes, world), rank)
+    (scores, target), (x, weight, _) = batch(), layer()
+    common = dict(seed=5, sampler="dense", process_group=dist.group.WORLD)
+    scores, weight = scores[:, own].clone().requires_grad_(), weight[own].clone().requires_grad_()
+
+    def of_scores(squared):
+        loss = bal_noised_topk_loss(scores, target, K, 0.5, **common)
+        return torch.autograd.grad(loss.square() if squared else loss, scores, create_graph=True)[0]
+
+    def of_weight():
+        loss = linear_noised_topk_loss(x, weight, target, k=K, epsilon=0.5, **common)
+        torch.autograd.grad(loss, weight, create_graph=True)
+
+    return said_by(lambda: of_scores(True)), said_by(of_weight), of_scores(False).detach()
+
+
+def fsdp_case(rank, world, sizes):
+    """A head sharded by FSDP2, each rank its own batch: the loss and gradient of its forward, and what is said outside."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    torch.manual_seed(3)
+    head = LinearBalNoisedTopK(D, L, K, 0.5, seed=4)
+    x, y = randn(N, D, seed=10 + rank), torch.arange(N) + 5 * rank
+    if world == 0:
+        other = randn(N, D, seed=11), torch.arange(N) + 5
+        losses = head(x, y), head(*other)
+        (sum(losses) / 2).backward()
+        return [loss.detach() for loss in losses], head.weight.grad, [head.topk(x)[1], head.topk(other[0])[1]]
+    fully_shard(head, mesh=init_device_mesh("cpu", (world,)))
+    loss = head(x, y)
+    loss.backward()
+    grad = head.weight.grad.full_tensor()
+    outside = [
+        said_by(lambda: head.topk(x)),
+        said_by(lambda: linear_noised_topk_loss(x, head.weight, y, k=K, epsilon=0.5)),
+    ]
+    same_batch = head.topk(randn(N, D, seed=10))[1]
+    register_fsdp_forward_method(head, "topk")
+    best = head.topk(x)[1]
+    return loss.detach(), grad, best, outside, same_batch
+
+
+def managed_case(rank, world, sizes):
+    """sparse_grad under what reduces dense gradients alone, the head itself wrapped or a part of the model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.head = torch.nn.Linear(D, D), LinearBalNoisedTopK(D, L, K, 0.5, sparse_grad=True)
+
+        def forward(self, x, y):
+            return self.head(self.trunk(x), y)
+
+    mesh = init_device_mesh("cpu", (world,))
+    x, y = layer()[0], batch()[1]
+    replica = torch.nn.parallel.DistributedDataParallel(Model())
+    head, model = LinearBalNoisedTopK(D, L, K, 0.5, sparse_grad=True), Model()
+    for module in (head, model):
+        fully_shard(module, mesh=mesh)
+    alone = Model()  # beside the others, unmanaged
+    said = [said_by(lambda module=module: module(x, y)) for module in (replica, head, model, alone)]
+    alone(x, y).backward()
+    return said, alone.head.weight.grad.is_sparse
+
+
+def from_meta_case(rank, world, sizes):
+    """Parameters and margins of a head that was made on the meta device, sharded by FSDP2, and filled."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def head(device):
+        return LinearImbalNoisedTopK(D, K, 0.05, 0.3, range(1, L + 1), device=device)
+
+    torch.manual_seed(3)
+    if world == 0:
+        made = head(None)
+        return made.weight.detach(), made.m_list
+    module = head("meta")
+    fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    module.to_empty(device="cpu")
+    module.m_list.fill_(float("nan"))
+    module.reset_parameters()
+    return module.weight.full_tensor().detach(), module.m_list
+
+
+def with_no_rows(scores, target):
+    return scores[:0], target[:0]
+
+
+def no_rows_case(rank, world, sizes, normalize=False):
+    """The linear loss and the best classes of an empty batch."""
+    own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
+    group = None if world == 0 else dist.group.WORLD
+    x, weight, _ = layer()
+    x, weight = x[:0].clone().requires_grad_(), weight[own].clone().requires_grad_()
+    target = batch()[1][:0]
+    loss = linear_noised_topk_loss(
+        x, weight, target, k=K, epsilon=0.5, seed=5, reduction="sum", normalize=normalize, process_group=group
+    )
+    loss.backward()
+    values, classes = linear_topk(x, weight, 3, process_group=group)
+    return loss.detach(), x.grad, weight.grad, values, classes
 
 
 def mixed_case(rank, world, sizes):
@@ -389,6 +517,11 @@ CASES = {
     "DTensor replicated scores": (dtensor_case, "even", "replicated scores"),
     "DTensor errors": (wrong_dtensor_case, "even"),
     "DTensor weight": (dtensor_case, "even", "linear"),
+    "no rows": (scores_case, "ragged", "imbalanced", "float32", "sum", "auto", "dense", with_no_rows),
+    "no rows, losses": (scores_case, "ragged", "balanced", "bfloat16", "none", "auto", "thinned", with_no_rows),
+    "no rows, linear": (no_rows_case, "ragged"),
+    "no rows, cosine logits": (no_rows_case, "empty and single", True),
+    "second derivatives": (second_derivatives_case, "ragged"),
     "all rows ignored": (scores_case, "ragged", "balanced", "float32", "none", "auto", "dense", with_all_ignored),
     "recipe": (recipe_case, "even"),
     "copies": (copies_case, "even"),
@@ -402,9 +535,16 @@ CASES = {
     **{f"all wrong {name}": (wrong_case, "ragged", change, True) for name, (change, _) in WRONG_EVERYWHERE.items()},
     "mixed": (mixed_case, "ragged"),
     "wrong top-k": (wrong_topk_case, "ragged"),
+    "wrong features": (topk_of_own_features_case, "ragged"),
 }  # fmt: skip
 MORE = {  # on so many ranks alone: the mesh needs four, and compiling takes each of them seconds
-    2: {"compiled scores": (compiled_case, "ragged", "scores"), "compiled linear": (compiled_case, "ragged", "linear")},
+    2: {
+        "compiled scores": (compiled_case, "ragged", "scores"),
+        "compiled linear": (compiled_case, "ragged", "linear"),
+        "FSDP2": (fsdp_case, "even"),
+        "managed": (managed_case, "even"),
+        "from meta": (from_meta_case, "even"),
+    },
     4: {"DTensor weight on a mesh of two dimensions": (dtensor_case, "even", "2d mesh")},
 }
 
@@ -417,7 +557,7 @@ def serve(rank, world, store, out):
     )
     results = {}
     for name, (case, *args) in (CASES | MORE.get(world, {})).items():
-        if world > 1 or case not in (wrong_case, mixed_case):
+        if world > 1 or case not in (wrong_case, mixed_case, topk_of_own_features_case):
             try:
                 results[name] = case(rank, world, *args)
             except Exception:
@@ -473,7 +613,7 @@ def same(a, b):
 @pytest.mark.parametrize("name", SCORES)
 def test_sharded_scores_give_the_bits_of_one_process(ranks, world, name):
     loss, grad = alone(name)
-    assert grad.any() == (name != "all rows ignored")
+    assert grad.any() == (name != "all rows ignored" and not name.startswith("no rows"))
     results = result_of(ranks, world, name)
     for ours, _ in results:
         same(ours, loss)
@@ -527,7 +667,7 @@ def test_dtensor_on_a_mesh_of_two_dimensions(ranks):
             torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MORE[2])
+@pytest.mark.parametrize("name", ["compiled scores", "compiled linear"])
 def test_compiled(ranks, name):
     loss, grad = alone(name)
     results = result_of(ranks, 2, name)
@@ -536,6 +676,55 @@ def test_compiled(ranks, name):
     torch.testing.assert_close(
         torch.cat([g for _, g in results], dim=int(name.endswith("scores"))), grad, rtol=1e-5, atol=1e-6
     )
+
+
+@every_world
+@pytest.mark.parametrize("name", ["no rows, linear", "no rows, cosine logits"])
+def test_no_rows(ranks, world, name):
+    loss, x_grad, weight_grad, *best = alone(name)
+    results = result_of(ranks, world, name)
+    for ours, of_x, _, *ours_best in results:
+        same([ours, of_x, *ours_best], [loss, x_grad, *best])
+    same(torch.cat([of_weight for _, _, of_weight, *_ in results]), weight_grad)
+
+
+@every_world
+def test_second_derivatives(ranks, world):
+    """An error where the gradient depends on what it is asked of; it is constant in scores, and that is right."""
+    message = "has no second derivative: call backward without create_graph"
+    gradient = scores_case(0, 0, None, "balanced", "float32", "mean", "auto")[1]
+    results = result_of(ranks, world, "second derivatives")
+    for of_scores, of_weight, _ in results:
+        assert of_scores == f"RuntimeError: a loss whose classes are sharded {message}"
+        assert of_weight == f"RuntimeError: a linear loss whose classes are sharded {message}"
+    torch.testing.assert_close(torch.cat([g for _, _, g in results], dim=1), gradient)
+
+
+def test_a_head_under_fsdp(ranks):
+    """Its forward is right; outside the weight is a DTensor, whose classes other features cannot be merged with."""
+    losses, weight_grad, best = alone("FSDP2")
+    for rank, (loss, grad, found, outside, same_batch) in enumerate(result_of(ranks, 2, "FSDP2")):
+        torch.testing.assert_close(loss, losses[rank], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, weight_grad, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found, best[rank])
+        assert torch.equal(same_batch, best[0])
+        for said in outside:
+            assert re.match(r"ValueError: all ranks must pass the same (input|target);", said)
+            assert "register_fsdp_forward_method" in said and "unshard()" in said
+
+
+def test_sparse_gradients_under_what_reduces_dense_ones(ranks):
+    for (of_ddp, of_head, of_model, of_none), is_sparse in result_of(ranks, 2, "managed"):
+        assert of_ddp.startswith("ValueError: sparse_grad=True does not go with DistributedDataParallel")
+        assert of_head.startswith("ValueError: sparse_grad=True does not go with FSDP2") and of_model == of_head
+        assert of_none is None and is_sparse
+
+
+def test_a_head_from_the_meta_device_under_fsdp(ranks):
+    weight, margins = alone("from meta")
+    assert weight.any() and margins.any()
+    for result in result_of(ranks, 2, "from meta"):
+        same(list(result), [weight, margins])
 
 
 @every_world
@@ -604,6 +793,12 @@ def test_what_is_wrong_with_all_classes_known_raises_everywhere(ranks, world, na
 def test_topk_of_more_classes_than_there_are(ranks, world):
     for result in result_of(ranks, world, "wrong top-k"):
         assert result == "ValueError: k must be in [1, L] = [1, 60], got 61"
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_topk_of_features_that_differ(ranks, world):
+    for result in result_of(ranks, world, "wrong features"):
+        assert "all ranks must pass the same input" in result
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])

@@ -13,10 +13,19 @@ from conftest import BACKENDS
 from torch import nn
 from torch.nn import functional as F
 
-from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NormedLinear
+from topk_fast import (
+    BalNoisedTopK,
+    ImbalNoisedTopK,
+    LinearBalNoisedTopK,
+    LinearImbalNoisedTopK,
+    NoisedTopK,
+    NormedLinear,
+)
 from topk_fast.functional import (
     bal_noised_topk_loss,
+    class_margins,
     imbal_noised_topk_loss,
+    linear_noised_topk_loss,
     noised_topk,
     noised_topk_candidates,
 )
@@ -210,6 +219,65 @@ def test_compile_with_a_marked_batch_dimension(compiler, backend):
     assert compiler.frame_count == 1
 
 
+@every_loss
+@every_backend
+@pytest.mark.parametrize("label", [L, -1, 2**40])
+def test_a_wrong_label_in_compiled_code(compiler, name, backend, label):
+    """The error of eager mode, and the value of the label, which no graph knows."""
+    compiled = torch.compile(
+        lambda x, y: FUNCTIONS[name](x, y, seed=1, backend=backend), backend=compiler, fullgraph=True
+    )
+    x, y = batch()
+    assert_same(compiled(x, y), FUNCTIONS[name](x, y, seed=1, backend=backend))
+    y[2] = label
+    with pytest.raises(IndexError, match=rf"target must be in \[0, L - 1\] = \[0, 299\] .* got {label}"):
+        compiled(x, y)
+
+
+class Exported(nn.Module):
+    """A model that returns its loss, as a training step that is exported does."""
+
+    def __init__(self, form, **more):
+        super().__init__()
+        self.trunk = nn.Linear(8, 16)
+        if form == "linear":
+            self.head, self.criterion = None, LinearBalNoisedTopK(16, L, K, 0.5, **more)
+        elif form == "linear imbalanced":
+            self.head, self.criterion = None, LinearImbalNoisedTopK(16, K, 0.1, 0.3, range(1, L + 1), **more)
+        else:
+            self.head, self.criterion = nn.Linear(16, L), MODULES[form](**more)
+
+    def forward(self, x, y):
+        x = self.trunk(x).relu()
+        if self.head is None:
+            return self.criterion(x, y)
+        return call(self.criterion, self.head(x), y).sum()
+
+
+@pytest.mark.parametrize("form", ["value", "balanced", "imbalanced", "linear", "linear imbalanced"])
+@every_backend
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+def test_an_exported_graph_trains(form, backend, strict):
+    """Loss, gradients and labels' errors of a graph from torch.export are the module's; its noise is fresh in every call."""
+    torch.manual_seed(0)
+    model = Exported(form, backend=backend)
+    x, y = randn(N, 8), batch()[1]
+    program = torch.export.export(model, (x, y), strict=strict)
+    graph = program.module()
+    results = []
+    for module in (model, graph):
+        torch.manual_seed(1)
+        losses = [module(x, y) for _ in range(2)]
+        assert losses[0] != losses[1]
+        sum(losses).backward()
+        results.append(([loss.detach() for loss in losses], {k: p.grad for k, p in module.named_parameters()}))
+    assert_same(results[1], results[0])
+    assert all(g.any() for g in results[0][1].values())
+    if form != "value":
+        with pytest.raises(IndexError, match="target must be in .* got 300"):
+            graph(x, y.clone().fill_(L))
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler on CPU")
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_inductor(backend, tmp_path, monkeypatch):
@@ -238,6 +306,16 @@ def test_meta_scores_give_meta_losses(name):
     out.backward()
     assert (x.grad.device.type, x.grad.dtype, x.grad.shape) == ("meta", torch.bfloat16, (N, L))
     assert noised_topk(torch.empty(2, 3, 4, device="meta"), 1, dim=1).shape == (2, 4)
+
+
+@pytest.mark.parametrize("make", [LinearBalNoisedTopK, NormedLinear])
+def test_meta_heads_give_meta_losses(make):
+    head = make(8, L, K, 1.0, device="meta") if make is LinearBalNoisedTopK else make(8, L, device="meta")
+    x = torch.empty(N, 8, device="meta", requires_grad=True)
+    out = head(x, torch.empty(N, device="meta").long()) if make is LinearBalNoisedTopK else head(x)
+    assert (out.device.type, out.dtype) == ("meta", torch.float32)
+    out.sum().backward()
+    assert (x.grad.device.type, x.grad.shape) == ("meta", (N, 8)) and head.weight.grad.shape == (L, 8)
 
 
 # Autograd
@@ -313,6 +391,28 @@ def test_checkpoint_draws_the_same_noise_again(name, backend, reentrant):
     torch.manual_seed(5)
     given = value_and_grad(lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=reentrant), x)
     assert_same(given, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, "linear"])
+def test_a_generator_inside_of_a_checkpoint(name, reentrant):
+    """Its state is not restored for the second forward, so that the gradient would belong to other noise than the loss."""
+    x, y = batch()
+    weight = randn(L, L, seed=1)
+    functions = FUNCTIONS | {
+        "linear": lambda x, y, **more: linear_noised_topk_loss(x, weight, y, k=K, epsilon=1.0, **more)
+    }
+    generator = torch.Generator().manual_seed(1)
+
+    def checkpointed(**source):
+        run = lambda x: functions[name](x * 2, y, **source)  # noqa: E731
+        return lambda x: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=reentrant)
+
+    with pytest.raises(RuntimeError, match="a generator inside of torch.utils.checkpoint would draw other noise"):
+        value_and_grad(checkpointed(generator=generator), x)
+    seed = torch.randint(2**62, (), generator=generator)  # what the error says to do
+    plain = value_and_grad(lambda x: functions[name](x * 2, y, seed=seed), x)
+    assert_same(value_and_grad(checkpointed(seed=seed), x), plain)
 
 
 @every_function
@@ -469,6 +569,99 @@ def test_margins_travel_with_the_module(tmp_path):
     assert_same(other(x, y), module(x, y))
     assert module.double()(x.double(), y).dtype == torch.float64
     assert module.to(torch.bfloat16)(x.to(torch.bfloat16), y).dtype == torch.float32
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_casts_leave_margins_exact(cast):
+    module = nn.Sequential(nn.Linear(8, L), MODULES["imbalanced"](seed=1))
+    exact = module[1].m_list.clone()
+    getattr(module, cast)()
+    assert module[0].weight.dtype != torch.float32
+    assert_same(module[1].m_list, exact)
+    x, y = batch()
+    x = x.to(module[0].weight.dtype)
+    expected = imbal_noised_topk_loss(x, y, 3, exact, 0.7, 20, 6, reduction="sum", ignore_index=1, seed=1)
+    assert_same(module[1](x, y), expected)
+    assert_same(copy.deepcopy(module)[1].m_list, exact)
+    assert module.to("meta")[1].m_list.is_meta
+
+
+FROM_META = {
+    "imbalanced": MODULES["imbalanced"],
+    "linear imbalanced": lambda **more: LinearImbalNoisedTopK(8, 3, 0.7, 0.3, range(1, L + 1), **more),
+    "linear balanced": lambda **more: LinearBalNoisedTopK(8, L, 3, 0.7, **more),
+    "cosine layer": lambda **more: NormedLinear(8, L),
+}
+
+
+@pytest.mark.parametrize("name", FROM_META)
+def test_from_the_meta_device(name):
+    """The usual way of large models: made without memory, given some, filled by reset_parameters."""
+    with torch.device("meta"):
+        module = FROM_META[name]()
+    assert all(t.is_meta for t in module.state_dict().values())
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for t in module.state_dict().values():
+            t.fill_(NAN)
+    torch.manual_seed(2)
+    module.reset_parameters()
+    torch.manual_seed(2)
+    expected = FROM_META[name]()
+    assert_same(module.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("name", FROM_META)
+def test_modules_under_fake_tensors_and_empty_weights(name):
+    from accelerate import init_empty_weights
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = FROM_META[name]()
+    with init_empty_weights(include_buffers=True):
+        empty = FROM_META[name]()
+    shapes = {key: t.shape for key, t in FROM_META[name]().state_dict().items()}
+    assert {key: t.shape for key, t in fake.state_dict().items()} == shapes
+    assert {key: t.shape for key, t in empty.state_dict().items()} == shapes
+    assert all(t.is_meta for t in empty.state_dict().values())
+
+
+def test_margins_on_other_devices_than_the_default():
+    with torch.device("meta"):
+        assert class_margins([1, 2], 0.3).is_meta
+        assert not class_margins(torch.tensor([1, 2], device="cpu"), 0.3).is_meta
+    with pytest.raises(ValueError, match="cls_num_list must hold numbers, got a tensor on the meta device"):
+        class_margins(torch.ones(3, device="meta"), 0.3)
+
+
+REPRS = [
+    (lambda: NoisedTopK(3), "NoisedTopK(k=3)"),
+    (lambda: NoisedTopK(3, 0.5, dim=0, sampler="dense"), "NoisedTopK(k=3, epsilon=0.5, dim=0, sampler='dense')"),
+    (lambda: BalNoisedTopK(5, 1.0), "BalNoisedTopK(k=5, epsilon=1.0)"),
+    (
+        lambda: BalNoisedTopK(5, 1, 7, reduction="sum", ignore_index=-1, seed=3, backend="torch"),
+        "BalNoisedTopK(k=5, epsilon=1, n_sample=7, reduction='sum', ignore_index=-1, seed=3, backend='torch')",
+    ),
+    (
+        lambda: ImbalNoisedTopK(1, 0.1, 0.3, [5, 2, 1], scale=20),
+        "ImbalNoisedTopK(k=1, epsilon=0.1, max_m=0.3, cls_num_list=<3 classes>, scale=20)",
+    ),
+    (
+        lambda: LinearBalNoisedTopK(8, 50, 5, 1.0, bias=False, sparse_grad=True, seed=torch.tensor(3)),
+        "LinearBalNoisedTopK(in_features=8, n_classes=50, k=5, epsilon=1.0, bias=False, sparse_grad=True, seed=tensor(3))",
+    ),
+    (
+        lambda: LinearImbalNoisedTopK(8, 1, 0.1, 0.3, [5, 2, 1], bias=True, normalize=False, chunk_size=2),
+        "LinearImbalNoisedTopK(in_features=8, k=1, epsilon=0.1, max_m=0.3, cls_num_list=<3 classes>, bias=True, "
+        "normalize=False, chunk_size=2)",
+    ),
+    (lambda: NormedLinear(4, 3), "NormedLinear(in_features=4, out_features=3)"),
+]
+
+
+@pytest.mark.parametrize("make, expected", REPRS, ids=lambda x: x if isinstance(x, str) else "")
+def test_repr_shows_what_is_not_the_default(make, expected):
+    assert repr(make()) == expected
 
 
 # Where the noise comes from

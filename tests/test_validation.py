@@ -7,7 +7,14 @@ import pytest
 import torch
 from conftest import BACKENDS
 
-from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, available_backends
+from topk_fast import (
+    BalNoisedTopK,
+    ImbalNoisedTopK,
+    LinearBalNoisedTopK,
+    LinearImbalNoisedTopK,
+    NoisedTopK,
+    available_backends,
+)
 from topk_fast.functional import (
     bal_noised_topk_loss,
     class_margins,
@@ -42,6 +49,11 @@ def raises(error, message):
     return pytest.raises(error, match=re.escape(message))
 
 
+def name_of_scores(function):
+    """The argument's name, which the error must use."""
+    return "scores" if function == "candidates" else "input"
+
+
 @pytest.mark.parametrize("function", CALLS)
 def test_the_good_arguments_are_good(function):
     CALLS[function]()
@@ -50,14 +62,14 @@ def test_the_good_arguments_are_good(function):
 @every_function
 @pytest.mark.parametrize("bad, kind", [([[1.0] * L] * N, "list"), (X.numpy(), "ndarray"), (None, "NoneType")])
 def test_scores_that_are_no_tensor(function, bad, kind):
-    with raises(TypeError, f"scores must be a tensor, got {kind}"):
+    with raises(TypeError, f"{name_of_scores(function)} must be a tensor, got {kind}"):
         CALLS[function](x=bad)
 
 
 @every_function
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_scores_of_a_wrong_dtype(function, dtype):
-    with raises(TypeError, f"scores must be float32, float64, bfloat16 or float16, got {dtype}"):
+    with raises(TypeError, f"{name_of_scores(function)} must be float32, float64, bfloat16 or float16, got {dtype}"):
         CALLS[function](x=torch.zeros(N, L).to(dtype))
 
 
@@ -91,7 +103,7 @@ def test_target_that_is_no_tensor(function, bad, kind):
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bool, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8], ids=str)
 def test_target_of_a_wrong_dtype(function, dtype):
     with raises(TypeError, f"target must be int64, got {dtype}; pass target.long()"):
         CALLS[function](y=Y.to(dtype))
@@ -267,9 +279,9 @@ def test_scale_that_is_no_number(bad, kind):
         ([3, 4, -5], "must hold positive counts, got -5 for class 2"),
         ([NAN, 4], "must hold positive counts, got nan for class 0"),
         ([1, INF], "must hold positive counts, got inf for class 1"),
-        ([], "must be a list of counts, got shape [0]"),
-        ([[1, 2], [3, 4]], "must be a list of counts, got shape [2, 2]"),
-        (7, "must be a list of counts, got shape []"),
+        ([], "must be a list of counts, got an empty one"),
+        ([[1, 2], [3, 4]], "must be a list of counts, got a list of lists"),
+        (7, "must be a list of counts, got a single number"),
     ],
     ids=["zero", "negative", "NaN", "infinite", "empty", "nested", "one number"],
 )
@@ -410,20 +422,20 @@ META = torch.zeros(N, L, device="meta")
 
 @every_loss
 def test_target_on_another_device(function):
-    with raises(ValueError, "target must be on the scores' device cpu, got meta"):
+    with raises(ValueError, "target must be on input's device cpu, got meta"):
         CALLS[function](y=Y.to("meta"))
-    with raises(ValueError, "target must be on the scores' device meta, got cpu"):
+    with raises(ValueError, "target must be on input's device meta, got cpu"):
         CALLS[function](x=META)
 
 
 def test_margins_on_another_device():
-    with raises(ValueError, "margins must be on the scores' device cpu, got meta"):
+    with raises(ValueError, "margins must be on input's device cpu, got meta"):
         CALLS["imbalanced"](margins=MARGINS.to("meta"))
 
 
 @every_function
 def test_seed_on_another_device(function):
-    with raises(ValueError, "seed must be on the scores' device cpu, got meta"):
+    with raises(ValueError, "seed must be on input's device cpu, got meta"):
         CALLS[function](seed=torch.tensor(1, device="meta"))
 
 
@@ -431,7 +443,7 @@ def test_seed_on_another_device(function):
 def test_generator_on_another_device(function):
     more = {"y": Y.to("meta")} if function in LOSSES else {}
     more |= {"margins": MARGINS.to("meta")} if function == "imbalanced" else {}
-    with raises(ValueError, "generator must be on the scores' device meta, got cpu"):
+    with raises(ValueError, "generator must be on input's device meta, got cpu"):
         CALLS[function](x=META, generator=torch.Generator(), **more)
 
 
@@ -441,22 +453,123 @@ def test_cpp_on_another_device():
         noised_topk(META, 1, backend="cpp")
 
 
+MODULES = {
+    "value": (lambda **bad: NoisedTopK(**({"k": 3} | bad)), ()),
+    "balanced": (lambda **bad: BalNoisedTopK(**({"k": 3, "epsilon": 1.0} | bad)), ("loss",)),
+    "imbalanced": (
+        lambda **bad: ImbalNoisedTopK(**({"k": 3, "epsilon": 1.0, "max_m": 0.3, "cls_num_list": [9] * L} | bad)),
+        ("loss", "scale", "classes"),
+    ),
+    "linear": (
+        lambda **bad: LinearBalNoisedTopK(**({"in_features": 4, "n_classes": L, "k": 3, "epsilon": 1.0} | bad)),
+        ("loss", "scale", "classes", "chunk"),
+    ),
+    "linear imbalanced": (
+        lambda **bad: LinearImbalNoisedTopK(
+            **({"in_features": 4, "k": 3, "epsilon": 1.0, "max_m": 0.3, "cls_num_list": [9] * L} | bad)
+        ),
+        ("loss", "scale", "classes", "chunk"),
+    ),
+}
+NONSENSE = [  # for which modules, argument, error, message
+    ("", dict(k=-3), ValueError, "k must be in [1, "),
+    ("", dict(k=2.0), TypeError, "k must be an int, got float"),
+    ("classes", dict(k=L), ValueError, "k must be in [1, L - 1] = [1, 99], got 100"),
+    ("", dict(epsilon=-1.0), ValueError, "epsilon must be at least 0, got -1.0"),
+    ("", dict(epsilon=NAN), ValueError, "epsilon must be finite, got nan"),
+    ("", dict(n_sample=0), ValueError, "n_sample must be in [1, 2147483647], got 0"),
+    ("", dict(sampler="sparse"), ValueError, "sampler must be 'auto', 'thinned' or 'dense', got 'sparse'"),
+    ("", dict(backend="numpy"), ValueError, "backend must be 'auto', 'torch', 'cpp', 'cuda' or 'triton', got 'numpy'"),
+    ("", dict(seed=1, generator=torch.Generator()), ValueError, "seed and generator exclude each other, got both"),
+    ("", dict(seed=1.5), TypeError, "seed must be an int, got float"),
+    ("", dict(generator=3), TypeError, "generator must be a torch.Generator, got int"),
+    ("loss", dict(reduction="avg"), ValueError, "reduction must be 'mean', 'sum' or 'none', got 'avg'"),
+    ("loss", dict(ignore_index=None), TypeError, "ignore_index must be an int, got NoneType"),
+    ("loss", dict(process_group="gloo"), TypeError, "process_group must be a torch.distributed.ProcessGroup"),
+    ("scale", dict(scale=0.0), ValueError, "scale must be positive, got 0.0"),
+    ("chunk", dict(chunk_size=0), ValueError, "chunk_size must be in [1, 2147483647], got 0"),
+]
+
+
 @pytest.mark.parametrize(
-    "module, message",
+    "name, bad, error, message",
     [
-        (NoisedTopK(0), "k must be in [1, L] = [1, 100], got 0"),
-        (NoisedTopK(1, epsilon=-1.0), "epsilon must be at least 0, got -1.0"),
-        (BalNoisedTopK(120, 1.0), "k must be in [1, L - 1] = [1, 99], got 120"),
-        (BalNoisedTopK(5, 1.0, n_sample=0), "n_sample must be in"),
-        (BalNoisedTopK(5, 1.0, reduction="avg"), "reduction must be 'mean', 'sum' or 'none', got 'avg'"),
-        (ImbalNoisedTopK(5, 1.0, 0.3, [9] * L, scale=0.0), "scale must be positive, got 0.0"),
-        (ImbalNoisedTopK(5, NAN, 0.3, [9] * L), "epsilon must be finite, got nan"),
+        pytest.param(name, bad, error, message, id=f"{name}: {bad}")
+        for name, (_, kinds) in MODULES.items()
+        for kind, bad, error, message in NONSENSE
+        if kind in ("", *kinds)
     ],
-    ids=["k", "epsilon", "k of a loss", "n_sample", "reduction", "scale", "epsilon of a loss"],
 )
-def test_modules_say_the_same(module, message):
-    with raises(ValueError, message):
-        module(X) if isinstance(module, NoisedTopK) else module(X, Y)
+def test_modules_refuse_nonsense_when_they_are_made(name, bad, error, message):
+    with raises(error, message):
+        MODULES[name][0](**bad)
+
+
+def test_a_value_of_a_dimension_that_is_no_int():
+    with raises(TypeError, "dim must be an int, got str"):
+        NoisedTopK(3, dim="rows")
+
+
+def test_modules_check_what_only_a_batch_can_tell():
+    with raises(ValueError, "k must be in [1, L - 1] = [1, 99], got 120"):
+        BalNoisedTopK(120, 1.0)(X, Y)
+    criterion = BalNoisedTopK(5, 1.0)
+    criterion.epsilon = -1.0  # a schedule gone wrong
+    with raises(ValueError, "epsilon must be at least 0, got -1.0"):
+        criterion(X, Y)
+
+
+@every_function
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_epsilon_that_overflows_float32(function, backend, dtype):
+    """The same limit in every backend and dtype, below which losses are finite."""
+    more = {"x": X.to(dtype), "backend": backend, "seed": 1}
+    with raises(ValueError, "epsilon must be at most 1e+36, got 1.1e+36: noise would overflow float32"):
+        CALLS[function](epsilon=1.1e36, **more)
+    result = CALLS[function](epsilon=1e36, **more)
+    assert (result[0] if function == "candidates" else result).isfinite().all()
+
+
+@every_loss
+@pytest.mark.parametrize("shape", [(N,), (N, L)], ids=["floats", "probabilities"])
+def test_soft_targets(function, shape):
+    with raises(TypeError, "soft targets (probabilities of classes) are not supported"):
+        CALLS[function](y=torch.rand(shape))
+
+
+@every_loss
+def test_classes_in_the_last_dimension(function):
+    with raises(ValueError, "got [2, 7]; classes are dimension 1 of input: pass input.movedim(-1, 1)"):
+        CALLS[function](x=torch.zeros(2, 7, L), y=torch.zeros(2, 7, dtype=torch.int64))
+
+
+@every_function
+def test_vmap_says_what_to_do(function):
+    with raises(RuntimeError, "torch.vmap does not batch topk_fast"):
+        torch.vmap(lambda x: CALLS[function](x=x, seed=1))(torch.stack([X, X]))
+
+
+@every_loss
+def test_vmap_over_targets_says_what_to_do(function):
+    with raises(RuntimeError, "torch.vmap does not batch topk_fast"):
+        torch.vmap(lambda y: CALLS[function](y=y, seed=1))(torch.stack([Y, Y]))
+
+
+@every_function
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_jit_trace_says_what_to_do(function, backend):
+    with raises(
+        RuntimeError, "torch.jit.trace would record one noise for all calls: use torch.export or torch.compile"
+    ):
+        torch.jit.trace(lambda x: CALLS[function](x=x, backend=backend), (X,))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_symbolic_trace_says_what_to_do(name):
+    module = MODULES[name][0]()
+    with raises(TypeError, "torch.fx.symbolic_trace cannot trace topk_fast"):
+        torch.fx.symbolic_trace(module)
 
 
 @every_function

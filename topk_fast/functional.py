@@ -6,7 +6,6 @@ imbalanced classification", ICML 2022, https://proceedings.mlr.press/v162/garcin
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -74,8 +73,7 @@ def noised_topk(
     checks.scores(input)
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a tensor without dimensions")
-    if isinstance(dim, bool) or not isinstance(dim, (int, Integral)):
-        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    dim = checks.dimension(dim)
     if not -input.dim() <= dim < input.dim():
         raise IndexError(f"dim must be in [{-input.dim()}, {input.dim() - 1}], got {dim}")
     rows = input.movedim(dim, -1)
@@ -210,7 +208,7 @@ def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
         max_m: margin of the rarest class, >= 0; in units of the logits.
 
     Returns:
-        float32 tensor [L].
+        float32 tensor [L], on the device of ``cls_num_list`` if that is a tensor, else on torch's default device.
 
     Raises:
         TypeError, ValueError: counts that are not a list of positive numbers, or a negative ``max_m``.
@@ -223,18 +221,11 @@ def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
     max_m = checks.real("max_m", max_m)
     if not max_m >= 0:
         raise ValueError(f"max_m must be at least 0, got {max_m}")
-    try:
-        counts = torch.as_tensor(cls_num_list, dtype=torch.float64)
-    except TypeError as error:
-        raise TypeError(f"cls_num_list must be a list of numbers: {error}") from error
-    if counts.dim() != 1 or not counts.numel():
-        raise ValueError(f"cls_num_list must be a list of counts, got shape {list(counts.shape)}")
-    bad = (~(counts > 0) | counts.isinf()).nonzero().flatten()
-    if bad.numel():
-        j = int(bad[0])
-        raise ValueError(f"cls_num_list must hold positive counts, got {counts[j]:g} for class {j}")
-    margins = 1.0 / counts**0.25
-    return (margins * (max_m / margins.max())).to(torch.float32)
+    counts = checks.counts(cls_num_list)
+    margins = [1.0 / n**0.25 for n in counts]
+    factor = max_m / max(margins)
+    device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
+    return torch.tensor([m * factor for m in margins], dtype=torch.float32, device=device)
 
 
 def noised_topk_candidates(
@@ -278,7 +269,7 @@ def noised_topk_candidates(
         >>> values, classes
         (tensor([[[4., 3.]]]), tensor([[[0, 2]]]))
     """
-    checks.scores(scores)
+    checks.scores(scores, "scores")
     if scores.dim() != 2:
         raise ValueError(f"scores must be [N, L], got shape {list(scores.shape)}")
     n_classes = scores.shape[1]
@@ -325,6 +316,8 @@ def _loss(
         )
         losses = ops.reduce(losses, (labels != ignore_index).sum().to(losses.dtype), reduction)
     else:
+        if torch.compiler.is_compiling():
+            labels = ops.checked_labels(labels, n_classes, ignore_index)
         try:
             losses = ops.loss(
                 flat, labels, margins, seed, k + 1, epsilon, n_sample, scale, ignore_index, dense,

@@ -6,6 +6,7 @@ r"""Linear layer and loss in one, for so many classes that logits [N, L] would n
 The gradient g of the scores has at most B + 1 entries a row (`reference.entries`), so one matmul is enough: the forward
 walks it in tiles of rows and classes and keeps the k best of each (row, sample), and the backward gathers B + 1 rows of
 the weight per row of the input, and adds as many rows into the weight's gradient, class by class in a fixed order.
+Second derivatives are those of the same sums with g held constant, as it is between the points where a rank changes hands.
 """
 
 import math
@@ -15,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import checks, ops, reference, sharding
 
 _ROWS = 1024  # of a tile: enough for a matmul at full speed
 _BYTES = {"cpu": 16 << 20}  # of a tile of logits; elsewhere _BYTES_ON_DEVICE
 _BYTES_ON_DEVICE = 256 << 20
-_TINY = 1e-12  # F.normalize's smallest norm
+_SHORTEST = 1e-8  # F.cosine_similarity's: a shorter row is divided by this, which bounds its gradient
 
 
 def linear_noised_topk_loss(
@@ -73,18 +73,21 @@ def linear_noised_topk_loss(
             for up to 1024 rows. Where that is all of them the loss equals the unfused one bit for bit, if its logits do;
             with ``sampler="dense"`` it does for any chunk size, and with the thinned one in distribution.
         sparse_grad: the weight's gradient as a coalesced row-sparse tensor of the at most N * (B + 1) rows that are not
-            zero, for :class:`torch.optim.SparseAdam` and :class:`torch.optim.SGD`. The bias's gradient is dense.
+            zero, for :class:`torch.optim.SparseAdam` and :class:`torch.optim.SGD`; the bias's likewise. Then weight and
+            bias must be leaves of the graph, and DistributedDataParallel, FSDP2 and full graphs of torch.compile raise.
         reduction: "mean" over the rows that are not ignored, "sum" or "none".
         ignore_index: rows with this target have loss 0 and no gradient.
         seed, generator, sampler, backend: as in :func:`~topk_fast.functional.noised_topk`.
         process_group: ranks over which the classes are sharded: weight and bias hold this rank's, contiguous in the
-            order of ranks, any number of them; input, target, margins and all else are the same on all ranks. Every
-            rank returns the loss over all classes and has the full gradient of the input. A weight that is a DTensor
-            with ``Shard(0)`` needs no process_group.
+            order of ranks, any number of them; input, target, margins and all else are the same on all ranks, to the last
+            bit. Every rank returns the loss over all classes and has the full gradient of the input. A weight that is a
+            DTensor with ``Shard(0)`` needs no process_group. A weight that FSDP2 sharded is such a DTensor outside of
+            the module's forward: call its module, or ``unshard()`` it first.
 
     Returns:
         A tensor without dimensions, or with target's shape for ``reduction="none"``; float64 for float64 input,
         else float32. A row with a NaN score has a NaN loss, and NaN gradients for its input and its true class's weight.
+        Differentiable any number of times, once where classes are sharded or with ``sparse_grad``.
 
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong kind, out of range, or not fitting the others, or not
@@ -108,7 +111,7 @@ def linear_noised_topk_loss(
             raise ValueError(
                 "sparse_grad=True needs a plain weight, got a DTensor: pass weight.to_local(), process_group"
             )
-    with sharding.Meeting(process_group, "linear_noised_topk_loss") as meeting:
+    with sharding.Meeting(process_group, "linear_noised_topk_loss", from_dtensor=wrap is not None) as meeting:
         dtype = checks.layer(input, weight, bias)
         checks.target(input, target, input.dim() - 1)
         n_classes = weight.shape[0] if process_group is None else None
@@ -117,27 +120,49 @@ def linear_noised_topk_loss(
         margins = checks.margins(margins, n_classes, input.device, reference.arithmetic(dtype))
         scale, dense = checks.scale(scale), checks.dense(sampler)
         checks.reduction(reduction)
+        if sparse_grad:
+            checks.leaves(weight=weight, bias=bias)
+            sharding.check_unmanaged(weight)
         ignore_index = checks.ignored(ignore_index)
         fixed_seed, seed = seed is not None, checks.seed(seed, generator, input.device)
         rows, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
         chunk = _chunk(chunk_size, rows, weight, dtype)
         suffix = ops.suffix(backend, rows.new_empty((0, chunk), dtype=dtype), k + 1)
         shards = meeting.agree(
-            weight.shape[0], labels, margins, k, seed, fixed_seed, ignore_index, epsilon=epsilon, n_sample=n_sample,
-            scale=scale, normalize=normalize, dense=dense, dtype=dtype, width=rows.shape[1],
+            weight.shape[0], labels, margins, k, seed, fixed_seed, ignore_index, features=rows, epsilon=epsilon,
+            n_sample=n_sample, scale=scale, normalize=normalize, dense=dense, dtype=dtype, width=rows.shape[1],
             input_requires_grad=rows.requires_grad,
         )  # fmt: skip
     if shards is None:
-        checks.labels_on_device(labels, n_classes, ignore_index)
+        labels = ops.checked_labels(labels, n_classes, ignore_index)
     if normalize:
-        rows = F.normalize(rows, dim=1)
+        rows = unit_rows(rows)
     seed = seed if shards is None else shards.seed
     options = _Options(k + 1, epsilon, n_sample, scale, ignore_index, dense, bool(normalize), chunk, dtype, sparse_grad)
-    losses, _ = _LinearLoss.apply(rows, weight, bias, labels, margins, seed, options, shards, suffix)
+    args = (rows, weight, bias, labels, margins, seed)
+    if torch.compiler.is_exporting() and shards is None:
+        losses, _ = ops.kernel("linear_loss", suffix)(*args, *options)
+    else:
+        apply = _apply_outside_of_graphs if sparse_grad else _LinearLoss.apply
+        losses, _ = apply(*args, options, shards, suffix)
     n_valid = (labels != ignore_index).sum().to(losses.dtype)
     losses = ops.reduce(losses, n_valid, reduction)
     losses = losses.view(target.shape) if reduction == "none" else losses
     return losses if wrap is None else wrap(losses)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows of length 1 in x's dtype, :math:`x / \\max(|x|, 10^{-8})`, with lengths and quotients of half precision in float32.
+
+    float16 takes its smallest normal number, 6.1e-5, in place of 1e-8, whose inverse it could not hold.
+    """
+    wide = x.to(reference.arithmetic(x.dtype))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / length.clamp(min=_shortest(x.dtype))).to(x.dtype)
+
+
+def _shortest(dtype: torch.dtype) -> float:
+    return max(_SHORTEST, torch.finfo(dtype).tiny)
 
 
 def linear_topk(
@@ -173,35 +198,24 @@ def linear_topk(
         >>> linear_topk(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), k=2)
         (tensor([[3., 2.]]), tensor([[2, 1]]))
     """
-    weight, process_group, _ = sharding.local_part("weight", weight, 0, process_group)
+    weight, process_group, wrap = sharding.local_part("weight", weight, 0, process_group)
     input, bias = sharding.replicated(input), sharding.local_part("bias", bias, 0, None)[0]
-    with sharding.Meeting(process_group, "linear_topk") as meeting:
+    with sharding.Meeting(process_group, "linear_topk", from_dtensor=wrap is not None) as meeting:
         dtype = checks.layer(input, weight, bias)
         rows = input.reshape(-1, input.shape[-1])
         k = checks.rank(k, weight.shape[0] if process_group is None else None, spare=0)
         chunk = _chunk(chunk_size, rows, weight, dtype)
         suffix = ops.suffix(backend, rows.new_empty((0, chunk), dtype=dtype), k)
-        seed, target = (
-            torch.zeros((), dtype=torch.int64, device=rows.device),
-            rows.new_zeros(len(rows), dtype=torch.int64),
-        )
+        seed = torch.zeros((), dtype=torch.int64, device=rows.device)
+        target = rows.new_zeros(len(rows), dtype=torch.int64)
         shards = meeting.agree(
-            weight.shape[0],
-            target,
-            None,
-            k,
-            seed,
-            True,
-            0,
-            spare=0,
-            normalize=normalize,
-            dtype=dtype,
+            weight.shape[0], target, None, k, seed, True, 0, features=rows, spare=0, normalize=normalize, dtype=dtype,
             width=rows.shape[1],
-        )
+        )  # fmt: skip
     if normalize:
-        rows = F.normalize(rows, dim=1)
+        rows = unit_rows(rows)
     first = 0 if shards is None else shards.first_class
-    found = _OPS[suffix](
+    found = ops.kernel("linear_candidates", suffix)(
         rows.detach(), weight.detach(), None if bias is None else bias.detach(), None, seed, k, 0.0, 1, first, False,
         bool(normalize), chunk, dtype,
     )  # fmt: skip
@@ -265,12 +279,9 @@ def _fake(input, weight, bias, target, seed, k, epsilon, n_sample, first_class, 
     return values, torch.empty_like(values, dtype=torch.int64), values.new_empty(input.shape[0])
 
 
-_OPS = {suffix: ops.define("linear_candidates" + suffix, _SCHEMA, _fake, _walk(suffix)) for suffix in ops.SUFFIXES}
-
-
 def _prepared(weight: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
     """Rows of the weight as the matmul takes them."""
-    return (F.normalize(weight, dim=1, eps=_TINY) if normalize else weight).to(dtype)
+    return (unit_rows(weight) if normalize else weight).to(dtype)
 
 
 class _Options(NamedTuple):
@@ -286,20 +297,43 @@ class _Options(NamedTuple):
     sparse: bool
 
 
+def _walk_and_hinge(suffix):
+    def linear_loss(rows, weight, bias, target, margins, seed, *options, shards=None):
+        """Losses [N] and the class of each sample's k-th largest [N, n_sample]; classes of all ranks take part."""
+        o = _Options(*options)
+        first = 0 if shards is None else shards.first_class
+        lists = ops.kernel("linear_candidates", suffix)(
+            rows, weight, bias, target, seed, o.k, o.epsilon, o.n_sample, first, o.dense, o.normalize, o.chunk, o.dtype
+        )
+        values, classes, true_score = lists if shards is None else shards.best(*lists, target)
+        return reference.loss_of(
+            values[..., -1], classes[..., -1], true_score, target, margins, o.scale, o.ignore_index
+        )[:2]
+
+    return linear_loss
+
+
+_LOSS_SCHEMA = (
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? margins, Tensor seed, int k, float epsilon, "
+    "int n_sample, float scale, int ignore_index, bool dense, bool normalize, SymInt chunk_size, ScalarType dtype, "
+    "bool sparse_grad) -> (Tensor, Tensor)"
+)
+
+
+def _fake_loss(input, weight, bias, target, margins, seed, *options):
+    o = _Options(*options)
+    losses = input.new_empty(input.shape[0], dtype=reference.arithmetic(o.dtype))
+    return losses, input.new_empty((input.shape[0], o.n_sample), dtype=torch.int64)
+
+
 class _LinearLoss(Function):
     """Rows [N, D], already normalised where asked, and this rank's classes to losses [N]; keeps the class ids alone."""
 
     @staticmethod
-    def forward(rows, weight, bias, target, margins, seed, o, shards, suffix):
-        first = 0 if shards is None else shards.first_class
-        lists = _OPS[suffix](
-            rows, weight, bias, target, seed, o.k, o.epsilon, o.n_sample, first, o.dense, o.normalize, o.chunk, o.dtype
-        )
-        values, classes, true_score = lists if shards is None else shards.best(*lists, target)
-        losses, classes, _ = reference.loss_of(
-            values[..., -1], classes[..., -1], true_score, target, margins, o.scale, o.ignore_index
-        )
-        return losses, classes
+    def forward(rows, weight, bias, target, margins, seed, options, shards, suffix):
+        if shards is None:
+            return ops.kernel("linear_loss", suffix)(rows, weight, bias, target, margins, seed, *options)
+        return _walk_and_hinge(suffix)(rows, weight, bias, target, margins, seed, *options, shards=shards)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -310,33 +344,103 @@ class _LinearLoss(Function):
         ctx.save_for_backward(rows, weight, target, losses, classes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _):
+        again = torch.is_grad_enabled()
+        if again and ctx.shards is not None:
+            raise RuntimeError(
+                "a linear loss whose classes are sharded has no second derivative: call backward without create_graph"
+            )
+        if again and ctx.options.sparse:
+            raise RuntimeError("a loss with sparse_grad=True has no second derivative: pass sparse_grad=False")
         rows, weight, target, losses, classes = ctx.saved_tensors
-        first, n_classes = 0 if ctx.shards is None else ctx.shards.first_class, weight.shape[0]
+        first = 0 if ctx.shards is None else ctx.shards.first_class
         classes, values = reference.entries(grad, losses, classes, target, ctx.options.scale)
         values = values.masked_fill(losses.isnan()[:, None] & (classes == target[:, None]), math.nan)
         classes, order = classes.sort(dim=1)
         values, place = values.gather(1, order), classes - first
-        again = F.pad(classes[:, 1:] == classes[:, :-1], (1, 0))  # equal classes have equal values: one is enough
-        active = ~again & (place >= 0) & (place < n_classes) & (values != 0)
+        repeated = F.pad(classes[:, 1:] == classes[:, :-1], (1, 0))  # equal classes have equal values: one is enough
+        active = ~repeated & (place >= 0) & (place < weight.shape[0]) & (values != 0)
         values, place = values.masked_fill(~active, 0), place.masked_fill(~active, 0)
+        spread = _Spread.apply if again else _Spread.forward
+        of_rows, of_weight, of_bias = spread(
+            values, place, active, rows, weight, ctx.bias_dtype, ctx.options, ctx.needs_input_grad[:3]
+        )
+        if of_rows is not None:
+            of_rows = (of_rows if ctx.shards is None else ctx.shards.sum(of_rows)).to(rows.dtype)
+        return of_rows, of_weight, of_bias, *[None] * 6
+
+
+@torch.compiler.disable(
+    reason="sparse_grad=True makes gradients whose number of rows depends on data, which no full graph can hold: use "
+    "sparse_grad=False, or compile the layers before the loss alone"
+)
+def _apply_outside_of_graphs(*args):
+    return _LinearLoss.apply(*args)
+
+
+class _Spread(Function):
+    r"""Entries v [N, J] of the scores' gradient at the classes ``place`` to the gradients of rows, weight and bias.
+
+    .. math:: \sum_j v_{nj} \hat w_{p_{nj}}, \quad \sum_{nj} v_{nj} x_n [p_{nj} = l] \, \partial \hat w_l / \partial w_l,
+              \quad \sum_{nj} v_{nj} [p_{nj} = l]
+
+    with :math:`\hat w` the weight's rows as the logits take them. A gradient that is not wanted is None.
+    """
+
+    @staticmethod
+    def forward(values, place, active, rows, weight, bias_dtype, options, wanted):
+        n_classes = weight.shape[0]
         of_rows = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
+        if wanted[0]:
             of_rows = torch.zeros(rows.shape, dtype=values.dtype, device=rows.device)
             for j in range(values.shape[1] if n_classes else 0):
-                picked = _prepared(weight[place[:, j]], ctx.options.normalize, ctx.options.dtype)
+                picked = _prepared(weight[place[:, j]], options.normalize, options.dtype)
                 of_rows.addcmul_(values[:, j, None], picked.to(values.dtype))
-            of_rows = (of_rows if ctx.shards is None else ctx.shards.sum(of_rows)).to(rows.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if wanted[1] or wanted[2]:
             bags = _Bags(values, place, active, n_classes)
-            if ctx.needs_input_grad[1]:
-                of_weight = _weight_gradient(
-                    bags, rows.to(ctx.options.dtype), weight, ctx.options.normalize, ctx.options.sparse
-                )
-            if ctx.needs_input_grad[2]:
-                of_bias = bags.dense(bags.sums(rows.new_ones((len(rows), 1)))[:, 0].to(ctx.bias_dtype))
-        return of_rows, of_weight, of_bias, *[None] * 6
+            if wanted[1]:
+                of_weight = _weight_gradient(bags, rows.to(options.dtype), weight, options.normalize)
+                of_weight = bags.spread(of_weight, options.sparse)
+            if wanted[2]:
+                of_bias = bags.spread(bags.sums(rows.new_ones((len(rows), 1)))[:, 0].to(bias_dtype), options.sparse)
+        return of_rows, of_weight, of_bias
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, place, active, rows, weight, _, ctx.options, _ = inputs
+        ctx.save_for_backward(values, place, active, rows, weight)
+
+    @staticmethod
+    def backward(ctx, g_rows, g_weight, g_bias):
+        """By autograd, from the product of the three gradients with those that come in; holds [N, J, D]."""
+        values, place, active, rows, weight = ctx.saved_tensors
+        normalize = ctx.options.normalize
+
+        def product(values, rows, weight):
+            w = weight[place].to(values.dtype)  # [N, J, D]
+            length = torch.linalg.vector_norm(w, dim=2, keepdim=True) if normalize else None
+            shortest = _shortest(weight.dtype)
+            unit = w / length.clamp(min=shortest) if normalize else w
+            total = torch.zeros_like(values)
+            if g_rows is not None:
+                total = total + (unit * g_rows[:, None].to(values.dtype)).sum(2)
+            if g_weight is not None:
+                g = g_weight[place].to(values.dtype)
+                g = _along_the_sphere(g, unit, length, shortest) if normalize else g
+                total = total + (g * rows[:, None].to(values.dtype)).sum(2)
+            if g_bias is not None:
+                total = total + g_bias[place].to(values.dtype)
+            return (total * values).sum()
+
+        _, pullback = torch.func.vjp(product, values, rows, weight)
+        of_values, of_rows, of_weight = pullback(values.new_ones(()))
+        return of_values.masked_fill(~active, 0), None, None, of_rows, of_weight, None, None, None
+
+
+def _along_the_sphere(x: Tensor, unit: Tensor, length: Tensor, shortest: float) -> Tensor:
+    """The derivative of `unit_rows` at rows of ``length``, applied to x: what x has across the row, over its length."""
+    along = (unit * x).sum(-1, keepdim=True).masked_fill(length < shortest, 0)
+    return (x - unit * along) / length.clamp(min=shortest)
 
 
 class _Bags:
@@ -364,24 +468,41 @@ class _Bags:
             self.row, table, self.starts, mode="sum", per_sample_weights=self.value, include_last_offset=True
         )
 
-    def dense(self, sums: Tensor) -> Tensor:
-        """[bags, ...] -> [L, ...]; a bag without a class adds zeros to the last one."""
-        out = sums.new_zeros((self.n_classes, *sums.shape[1:]))
+    def spread(self, sums: Tensor, sparse: bool) -> Tensor:
+        """[bags, ...] -> [L, ...], dense or coalesced sparse; a bag without a class adds zeros to the last one."""
+        shape = (self.n_classes, *sums.shape[1:])
+        if sparse:
+            used = int((self.classes < self.n_classes).sum())
+            return torch.sparse_coo_tensor(
+                self.classes[None, :used], sums[:used], shape, is_coalesced=True, check_invariants=False
+            )
+        out = sums.new_zeros(shape)
         return out.index_add_(0, self.classes.clamp(max=self.n_classes - 1), sums) if self.n_classes else out
 
 
-def _weight_gradient(bags: _Bags, rows: Tensor, weight: Tensor, normalize: bool, sparse: bool) -> Tensor:
-    sums, classes = bags.sums(rows), bags.classes
-    if sparse:
-        used = int((classes < bags.n_classes).sum())
-        sums, classes = sums[:used], classes[:used]
+def _weight_gradient(bags: _Bags, rows: Tensor, weight: Tensor, normalize: bool) -> Tensor:
+    """The gradient of the weight's rows that have a bag [bags, D]."""
+    sums = bags.sums(rows)
     if normalize and bags.n_classes:
-        w = weight[classes.clamp(max=bags.n_classes - 1)].to(sums.dtype)
+        w = weight[bags.classes.clamp(max=bags.n_classes - 1)].to(sums.dtype)
         length = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-        unit = w / length.clamp(min=_TINY)
-        along = (unit * sums).sum(1, keepdim=True).masked_fill(length < _TINY, 0)
-        sums = (sums - unit * along) / length.clamp(min=_TINY)
-    sums = sums.to(weight.dtype)
-    if not sparse:
-        return bags.dense(sums)
-    return torch.sparse_coo_tensor(classes[None], sums, weight.shape, is_coalesced=True, check_invariants=False)
+        shortest = _shortest(weight.dtype)
+        sums = _along_the_sphere(sums, w / length.clamp(min=shortest), length, shortest)
+    return sums.to(weight.dtype)
+
+
+def _define(suffix: str):
+    """The ops of one backend's search. The derivative of `linear_loss` is `_LinearLoss`'s, so that exported graphs train."""
+
+    def keep(ctx, inputs, output):
+        _LinearLoss.setup_context(ctx, (*inputs[:6], _Options(*inputs[6:]), None, suffix), output)
+
+    def backward(ctx, *grads):
+        return *_LinearLoss.backward(ctx, *grads)[:6], *[None] * len(_Options._fields)
+
+    ops.define("linear_candidates", suffix, _SCHEMA, _fake, _walk(suffix))
+    ops.define("linear_loss", suffix, _LOSS_SCHEMA, _fake_loss, _walk_and_hinge(suffix), derivative=(keep, backward))
+
+
+for _suffix in ops.SUFFIXES:
+    _define(_suffix)

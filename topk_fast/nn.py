@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from inspect import Parameter as Argument
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from .functional import (
     linear_topk,
     noised_topk,
 )
+from .linear import unit_rows
 
 __all__ = [
     "BalNoisedTopK",
@@ -28,7 +31,33 @@ __all__ = [
 ]
 
 
-class NoisedTopK(Module):
+class _Noised(Module):
+    """What all modules share: a source of noise, and a repr."""
+
+    def __init__(self, k, epsilon, n_sample, generator, seed, sampler, backend):
+        super().__init__()
+        checks.noise(epsilon, n_sample)
+        checks.source(seed, generator)
+        checks.dense(sampler)
+        checks.backend(backend)
+        self.k, self.epsilon, self.n_sample = k, epsilon, n_sample
+        self.generator, self.seed, self.sampler, self.backend = generator, seed, sampler, backend
+
+    def extra_repr(self) -> str:
+        """The arguments that have no default, and all others that are not at theirs."""
+        shown = []
+        for name, argument in signature(type(self)).parameters.items():
+            value = getattr(self, name, argument.default)
+            if name == "bias":
+                value = value is not None
+            if name == "cls_num_list":
+                shown.append(f"cls_num_list=<{len(value)} classes>")
+            elif argument.default is Argument.empty or value is not argument.default and value != argument.default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
+
+
+class NoisedTopK(_Noised):
     """Module of :func:`~topk_fast.functional.noised_topk`: smoothed k-th largest value along ``dim``.
 
     Fresh noise in every call, in eval mode too; ``seed`` in ``forward`` fixes it.
@@ -54,9 +83,9 @@ class NoisedTopK(Module):
         sampler: str = "auto",
         backend: str = "auto",
     ):
-        super().__init__()
-        self.k, self.epsilon, self.n_sample, self.dim = k, epsilon, n_sample, dim
-        self.generator, self.seed, self.sampler, self.backend = generator, seed, sampler, backend
+        super().__init__(k, epsilon, n_sample, generator, seed, sampler, backend)
+        checks.rank(k, None)
+        self.dim = checks.dimension(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return noised_topk(
@@ -64,19 +93,17 @@ class NoisedTopK(Module):
             generator=self.generator, seed=self.seed, sampler=self.sampler, backend=self.backend,
         )  # fmt: skip
 
-    def extra_repr(self) -> str:
-        return f"k={self.k}, epsilon={self.epsilon}, n_sample={self.n_sample}, dim={self.dim}"
 
-
-class _Loss(Module):
+class _Loss(_Noised):
     """What the losses share: their parameters under the names of :mod:`topk_fast.functional`."""
 
     def __init__(self, k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group):
-        super().__init__()
-        self.k, self.epsilon, self.n_sample = k, epsilon, n_sample
-        self.reduction, self.ignore_index = reduction, ignore_index
-        self.generator, self.seed, self.sampler, self.backend = generator, seed, sampler, backend
-        self.process_group = process_group
+        super().__init__(k, epsilon, n_sample, generator, seed, sampler, backend)
+        checks.rank(k, None)
+        checks.reduction(reduction)
+        checks.ignored(ignore_index)
+        sharding.check_group(process_group)
+        self.reduction, self.ignore_index, self.process_group = reduction, ignore_index, process_group
 
     def __deepcopy__(self, memo):
         memo[id(self.process_group)] = self.process_group  # a copy talks to the same ranks
@@ -90,8 +117,27 @@ class _Loss(Module):
             sampler=self.sampler, backend=self.backend, process_group=self.process_group,
         )  # fmt: skip
 
-    def extra_repr(self) -> str:
-        return f"k={self.k}, epsilon={self.epsilon}, n_sample={self.n_sample}, reduction={self.reduction!r}"
+
+class _Margins(Module):
+    """The buffer ``m_list`` of the margins, which stays exact when a module is cast, and can be made again."""
+
+    def _make_margins(self, k, max_m, cls_num_list, device=None):
+        self.max_m, self.cls_num_list = max_m, checks.counts(cls_num_list)
+        checks.rank(k, len(self.cls_num_list))
+        margins = class_margins(cls_num_list, max_m)
+        self.register_buffer("m_list", margins if device is None else margins.to(device))
+
+    def reset_parameters(self) -> None:
+        """Fills ``m_list`` again from ``cls_num_list`` and ``max_m``, as after ``to_empty``."""
+        with torch.no_grad():
+            self.m_list.copy_(class_margins(self.cls_num_list, self.max_m))
+
+    def _apply(self, function, recurse=True):
+        exact = self.m_list
+        super()._apply(function, recurse)
+        if self.m_list.dtype != exact.dtype:  # .half() of a whole model would round the margins for good
+            self.m_list = exact.to(self.m_list.device)
+        return self
 
 
 class BalNoisedTopK(_Loss):
@@ -130,12 +176,13 @@ class BalNoisedTopK(_Loss):
         return bal_noised_topk_loss(input, target, self.k, self.epsilon, self.n_sample, **self._extras())
 
 
-class ImbalNoisedTopK(_Loss):
+class ImbalNoisedTopK(_Margins, _Loss):
     """Module of :func:`~topk_fast.functional.imbal_noised_topk_loss`, for long-tailed data.
 
     ``max_m`` and ``cls_num_list`` make the margins, see :func:`~topk_fast.functional.class_margins`; they are the
-    buffer ``m_list`` of the state_dict, as in pytopk. The default ``scale`` assumes cosine logits: end the model in
-    :class:`NormedLinear`, or set ``scale=1``.
+    buffer ``m_list`` of the state_dict, as in pytopk, float32 also in a model that was cast. ``reset_parameters`` makes them
+    again, as after ``to_empty``. The default ``scale`` assumes cosine logits: end the model in :class:`NormedLinear`, or
+    set ``scale=1``.
 
     Example:
         >>> import torch
@@ -165,16 +212,14 @@ class ImbalNoisedTopK(_Loss):
         super().__init__(
             k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group
         )
+        checks.scale(scale)
         self.scale = scale
-        self.register_buffer("m_list", class_margins(cls_num_list, max_m))
+        self._make_margins(k, max_m, cls_num_list)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return imbal_noised_topk_loss(
             input, target, self.k, self.m_list, self.epsilon, self.scale, self.n_sample, **self._extras()
         )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale}, classes={len(self.m_list)}"
 
 
 class _LinearLoss(_Loss):
@@ -186,19 +231,19 @@ class _LinearLoss(_Loss):
         super().__init__(*loss_args)
         in_features = checks.integer("in_features", in_features, 1, 2**31 - 1)
         n_classes = checks.integer("n_classes", n_classes, 2, 2**31 - 1)
+        checks.rank(self.k, n_classes)
+        checks.scale(scale)
+        if chunk_size is not None:
+            checks.integer("chunk_size", chunk_size, 1, 2**31 - 1)
         self.in_features, self.n_classes, self.normalize = in_features, n_classes, normalize
         self.scale, self.chunk_size, self.sparse_grad = scale, chunk_size, sparse_grad
-        sharding.check_group(self.process_group)
-        ranks, rank = (1, 0) if self.process_group is None else (self.process_group.size(), self.process_group.rank())
-        width = -(-n_classes // ranks)
-        self.first_class = min(rank * width, n_classes)
-        n_local = min(width, n_classes - self.first_class)
+        self.first_class, n_local = sharding.own_slice(n_classes, self.process_group)
         self.weight = Parameter(torch.empty(n_local, in_features, device=device, dtype=dtype))
         if bias:
             self.bias = Parameter(torch.empty(n_local, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self.reset_parameters()
+        self._reset_weights()
 
     def reset_parameters(self) -> None:
         """Weights as :class:`NormedLinear` or :class:`torch.nn.Linear` draws them, the same for any number of ranks.
@@ -206,16 +251,23 @@ class _LinearLoss(_Loss):
         All ranks must have called ``torch.manual_seed`` with the same number for that. Blocks of classes are drawn in
         turn, and each rank keeps its own, so that no rank holds them all.
         """
+        self._reset_weights()
+
+    @torch.no_grad()
+    def _reset_weights(self):
         bound = self.in_features**-0.5
         for parameter in filter(lambda p: p is not None, (self.weight, self.bias)):
+            local, group, _ = sharding.local_part("weight", parameter, 0, None)  # of a DTensor, as FSDP2 makes them
+            first = self.first_class + sharding.own_slice(parameter.shape[0], group)[0]
             for start in range(0, self.n_classes, _BLOCK):
-                block = parameter.new_empty((min(_BLOCK, self.n_classes - start), *parameter.shape[1:]))
-                with torch.no_grad():
-                    block.normal_() if self.normalize and block.dim() == 2 else block.uniform_(-bound, bound)
-                    skipped = max(0, self.first_class - start)
-                    at = max(0, start - self.first_class)
-                    own = parameter[at : at + max(0, len(block) - skipped)]
-                    own.copy_(block[skipped : skipped + len(own)])
+                block = local.new_empty((min(_BLOCK, self.n_classes - start), *local.shape[1:]))
+                if self.normalize and block.dim() == 2:
+                    block = unit_rows(block.normal_())
+                else:
+                    block.uniform_(-bound, bound)
+                skipped, at = max(0, first - start), max(0, start - first)
+                own = local[at : at + max(0, len(block) - skipped)]
+                own.copy_(block[skipped : skipped + len(own)])
 
     def _layer(self):
         return dict(normalize=self.normalize, chunk_size=self.chunk_size)
@@ -235,12 +287,6 @@ class _LinearLoss(_Loss):
         k = self.k if k is None else k
         return linear_topk(
             input, self.weight, k, self.bias, backend=self.backend, process_group=self.process_group, **self._layer()
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, n_classes={self.n_classes}, bias={self.bias is not None}, "
-            f"normalize={self.normalize}, sparse_grad={self.sparse_grad}, {super().extra_repr()}"
         )
 
 
@@ -296,7 +342,7 @@ class LinearBalNoisedTopK(_LinearLoss):
         )  # fmt: skip
 
 
-class LinearImbalNoisedTopK(_LinearLoss):
+class LinearImbalNoisedTopK(_Margins, _LinearLoss):
     """A classifier's last layer and :class:`ImbalNoisedTopK` in one: cosine logits and a margin for each class.
 
     As :class:`LinearBalNoisedTopK`, with ``normalize=True`` and no bias as in :class:`NormedLinear` unless told
@@ -333,16 +379,26 @@ class LinearImbalNoisedTopK(_LinearLoss):
         device=None,
         dtype=None,
     ):
-        margins = class_margins(cls_num_list, max_m)
+        n_classes = len(checks.counts(cls_num_list))
         super().__init__(
-            in_features, len(margins), bias, normalize, scale, chunk_size, sparse_grad, device, dtype, k, epsilon,
+            in_features, n_classes, bias, normalize, scale, chunk_size, sparse_grad, device, dtype, k, epsilon,
             n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group,
         )  # fmt: skip
-        self.register_buffer("m_list", margins.to(device))
+        self._make_margins(k, max_m, cls_num_list, device)
+
+    def reset_parameters(self) -> None:
+        """The weights, as :class:`LinearBalNoisedTopK` draws them, and the margins."""
+        self._reset_weights()
+        super().reset_parameters()
 
 
 class NormedLinear(Module):
     r"""Cosine logits: :math:`x^T w_j / (\|x\| \|w_j\|)` in [-1, 1], which the imbalanced loss assumes.
+
+    Lengths are float32 at least. A length below 1e-8 (float16: 6.1e-5) counts as that, as in
+    :func:`torch.nn.functional.cosine_similarity`: a row of zeros has logits of 0 and a gradient that is large, but finite.
+    Rows of the weight start at length 1, in directions uniform on the sphere. What a gradient step turns a row by falls
+    with its length, so that long rows would learn slowly.
 
     Args:
         in_features, out_features: as :class:`torch.nn.Linear`; the weight is [out_features, in_features], no bias.
@@ -361,10 +417,12 @@ class NormedLinear(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        torch.nn.init.normal_(self.weight)  # directions uniform on the sphere; lengths do not matter
+        """Draws new rows of length 1."""
+        with torch.no_grad():
+            self.weight.copy_(unit_rows(self.weight.normal_()))
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(F.normalize(input, dim=-1), F.normalize(self.weight, dim=-1))
+        return F.linear(unit_rows(input), unit_rows(self.weight))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -8,13 +8,14 @@ Every op stands three times in the namespace ``torch.ops.topk_fast``: under its 
 import importlib
 import importlib.util
 import os
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import noise, reference
+from . import checks, noise, reference
 
 _SCHEMAS = {
     "candidates": "(Tensor scores, Tensor seed, int k, float epsilon, int n_sample, int first_row, int first_class, "
@@ -63,24 +64,24 @@ SUFFIXES = ("", "_torch", "_triton")
 _LIBRARY = torch.library.Library("topk_fast", "DEF")
 
 
-def define(name: str, schema: str, fake, everywhere=None):
-    """A new op in the namespace, with its fake kernel and, if given, one kernel for all devices."""
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"topk_fast::{name}", fake, lib=_LIBRARY)
-    if everywhere is not None:
-        _LIBRARY.impl(name, everywhere, "CompositeExplicitAutograd")
-    return getattr(torch.ops.topk_fast, name).default
-
-
 _OPS = {suffix: {} for suffix in SUFFIXES}
-for _name, _schema in _SCHEMAS.items():
-    for _suffix in SUFFIXES:
-        _everywhere = getattr(reference, _name) if _suffix == "_torch" else None
-        _OPS[_suffix][_name] = define(_name + _suffix, _schema, globals()[f"_fake_{_name}"], _everywhere)
-    if HAS_TRITON:
-        _LIBRARY.impl(f"{_name}_triton", _on_triton(_name), "CUDA")  # HIP's tensors have this key too
-        if INTERPRETED:
-            _LIBRARY.impl(f"{_name}_triton", _on_triton(_name), "CPU")
+
+
+def define(name: str, suffix: str, schema: str, fake, everywhere=None, derivative=None):
+    """A new op in the namespace for the backend of a suffix.
+
+    It has a fake kernel and, if given, one kernel for all devices, and (what to keep, backward) for its derivative.
+    """
+    _LIBRARY.define(name + suffix + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    qualified = f"topk_fast::{name}{suffix}"
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if everywhere is not None:
+        _LIBRARY.impl(name + suffix, everywhere, "CompositeExplicitAutograd")
+    if derivative is not None:
+        keep, backward = derivative
+        torch.library.register_autograd(qualified, backward, setup_context=keep, lib=_LIBRARY)
+    _OPS[suffix][name] = getattr(torch.ops.topk_fast, name + suffix).default
+
 
 HAS_CPP = importlib.util.find_spec("topk_fast._C") is not None
 if HAS_CPP:
@@ -175,6 +176,39 @@ def suffix(backend: str, scores: Tensor, k: int) -> str:
     raise RuntimeError(f"backend {backend!r} is not available: {_REMEDY[backend]}")
 
 
+def checked_labels(labels: Tensor, n_classes: int, ignore_index: int) -> Tensor:
+    """``labels``, or an IndexError that names a wrong one; in compiled and exported code the error of a step of its own.
+
+    A GPU, for which nothing waits, stops by itself, as in torch's own losses.
+    """
+    if torch.compiler.is_compiling():
+        return _OPS[""]["checked_labels"](labels, n_classes, ignore_index)
+    _check_labels(labels, n_classes, ignore_index)
+    return labels
+
+
+def _check_labels(labels, n_classes, ignore_index):
+    known = ((labels == ignore_index) | ((labels >= 0) & (labels < n_classes))).all()
+    if labels.device.type != "cpu":
+        torch._assert_async(known, "target out of bounds")
+    elif not known:
+        checks.labels(labels, n_classes, ignore_index)
+
+
+def _copy_of_checked_labels(labels, n_classes, ignore_index):
+    _check_labels(labels, n_classes, ignore_index)
+    return labels.clone()  # an op returns no alias of its input
+
+
+define(
+    "checked_labels",
+    "",
+    "(Tensor target, SymInt n_classes, int ignore_index) -> Tensor",
+    lambda labels, n_classes, ignore_index: torch.empty_like(labels),
+    _copy_of_checked_labels,
+)
+
+
 class _Gradient(Function):
     """The gradient of a result, itself differentiable in ``grad``: it is linear there and constant in the scores."""
 
@@ -208,6 +242,18 @@ def reduce(losses: Tensor, n_valid: Tensor, reduction: str) -> Tensor:
     return losses.sum() if reduction == "sum" else losses.sum() / n_valid
 
 
+def _backward(ctx, grad):
+    """The gradient of the scores from that of the results [N]; `ctx` as `_Search._keep` filled it."""
+    result, classes, target, n_valid = ctx.saved_tensors
+    if n_valid is not None:
+        grad = grad / n_valid
+    grad = grad.expand(result.shape).to(result.dtype)
+    args = (grad, result, classes, target, ctx.scale)
+    if torch.is_grad_enabled():
+        return _Gradient.apply(*args, ctx.n_classes, ctx.dtype, ctx.suffix)
+    return _OPS[ctx.suffix]["gradient"](*args, 0, ctx.n_classes, ctx.dtype)
+
+
 class _Search(Function):
     """Scores to smoothed values or, with a target, to losses and their reduction; keeps the class ids alone.
 
@@ -231,22 +277,16 @@ class _Search(Function):
 
     @staticmethod
     def forward(ctx, scores, target, scale, reduction, suffix, op_args):
-        out, *kept = _Search._run((scores, *op_args), reduction, suffix)
+        # The ops have derivatives of their own, whose Python would cost some 6 us a call here, where this one's counts.
+        below = nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
+        with below:
+            out, *kept = _Search._run((scores, *op_args), reduction, suffix)
         _Search._keep(ctx, (scores, target, scale, reduction, suffix, None), *kept)
         return out
 
     @staticmethod
     def backward(ctx, grad, *_):
-        result, classes, target, n_valid = ctx.saved_tensors
-        if n_valid is not None:
-            grad = grad / n_valid
-        grad = grad.expand(result.shape).to(result.dtype)
-        args = (grad, result, classes, target, ctx.scale)
-        if torch.is_grad_enabled():
-            grad = _Gradient.apply(*args, ctx.n_classes, ctx.dtype, ctx.suffix)
-        else:
-            grad = _OPS[ctx.suffix]["gradient"](*args, 0, ctx.n_classes, ctx.dtype)
-        return grad, None, None, None, None, None
+        return _backward(ctx, grad), None, None, None, None, None
 
 
 class _TransformedSearch(_Search):
@@ -286,7 +326,35 @@ def loss(
     return _search(scores, target, scale, reduction, suffix, args)
 
 
-def _search(*args):
+def _search(scores, target, scale, reduction, suffix, op_args):
+    if torch.compiler.is_exporting():  # the graph shall hold the op, which has a derivative of its own
+        return _Search._run((scores, *op_args), reduction, suffix)[0]
+    args = (scores, target, scale, reduction, suffix, op_args)
     if torch._C._are_functorch_transforms_active():
         return _TransformedSearch.apply(*args)[0]
     return _Search.apply(*args)
+
+
+def _derivative(name: str, suffix: str):
+    """The derivative that `_Search` has, for an op of scores itself, so that an exported graph trains."""
+
+    def keep(ctx, inputs, output):
+        target, scale = (inputs[1], inputs[7]) if name == "loss" else (None, 1.0)
+        _Search._keep(ctx, (inputs[0], target, scale, None, suffix, None), output[0], output[1], None)
+        ctx.n_inputs = len(inputs)
+
+    def backward(ctx, grad, *_):
+        return _backward(ctx, grad), *[None] * (ctx.n_inputs - 1)
+
+    return keep, backward
+
+
+for _suffix in SUFFIXES:
+    for _name, _schema in _SCHEMAS.items():
+        _everywhere = getattr(reference, _name) if _suffix == "_torch" else None
+        _of = _derivative(_name, _suffix) if _name in ("smoothed", "loss") else None
+        define(_name, _suffix, _schema, globals()[f"_fake_{_name}"], _everywhere, _of)
+        if _suffix == "_triton" and HAS_TRITON:
+            _LIBRARY.impl(f"{_name}_triton", _on_triton(_name), "CUDA")  # HIP's tensors have this key too
+            if INTERPRETED:
+                _LIBRARY.impl(f"{_name}_triton", _on_triton(_name), "CPU")

@@ -21,10 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 
 from . import checks, ops, reference
 
+_BLOCK = 1 << 20  # numbers whose checksum is taken at a time
+_OF_FSDP = (
+    ". The weight is a DTensor, so its classes are taken as sharded over the ranks. Is it sharded by FSDP2, and are the "
+    "ranks' batches different? Then call its module's forward, where the weight is whole; for another method use "
+    "torch.distributed.fsdp.register_fsdp_forward_method, or call unshard() on the module first"
+)
 _SLOTS = 32  # of the meeting's message; the same for all functions, so that no mix of calls can hang
 
 
@@ -33,7 +39,7 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty(group.size() * x.numel())
     single = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch < 2.13
     getattr(dist, single)(out, x, group=group)
-    return out.view(-1, x.numel())
+    return out.view(group.size(), x.numel())
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,11 @@ class Shards:
         lists = torch.stack([values.view(word), classes.to(word)])  # [2, N, B, k]
         own = torch.cat([lists.flatten(), true_score.to(values.dtype).view(word)])
         lists, scores = _all_gather(own, self.group).split([lists.numel(), n_rows], dim=1)
-        lists = lists.reshape(-1, 2, n_rows, n_sample, k).movedim(0, 3).flatten(3)  # [2, N, B, ranks * k]
+        lists = lists.reshape(len(self.sizes), 2, n_rows, n_sample, k).movedim(0, 3).flatten(3)  # [2, N, B, ranks * k]
         values, classes = reference.merge(lists[0].view(values.dtype), lists[1].to(torch.int64), k)
         ends = torch.tensor(self.sizes, device=target.device).cumsum(0)
         owner = torch.searchsorted(ends, target, right=True).clamp(max=len(self.sizes) - 1)
-        return values, classes, scores.reshape(-1, n_rows).gather(0, owner[None])[0].view(values.dtype)
+        return values, classes, scores.gather(0, owner[None])[0].contiguous().view(values.dtype)
 
     def sum(self, x: Tensor) -> Tensor:
         """Adds up over the ranks, in place."""
@@ -79,15 +85,24 @@ def check_group(group) -> None:
         )
 
 
+def own_slice(n_classes: int, group) -> tuple[int, int]:
+    """The first and the number of this rank's classes where they are shared out evenly, as DTensor's Shard(0) does."""
+    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+    width = -(-n_classes // ranks)
+    first = min(rank * width, n_classes)
+    return first, min(width, n_classes - first)
+
+
 class Meeting:
     """The ranks' exchange of sizes, seed and arguments; without a group it does nothing.
 
     A rank that leaves the ``with`` block by an exception before it agreed tells the others, and they raise as well.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, function: str):
+    def __init__(self, group: dist.ProcessGroup | None, function: str, from_dtensor: bool = False):
         check_group(group)
         self.group, self.function, self.over = group, function, group is None
+        self.hint = _OF_FSDP if from_dtensor else ""
 
     def __enter__(self):
         return self
@@ -106,20 +121,22 @@ class Meeting:
 
     def agree(
         self, n_classes: int, target: Tensor, margins: Tensor | None, k: int, seed: Tensor, fixed_seed: bool,
-        ignore_index: int, spare: int = 1, **facts,
+        ignore_index: int, features: Tensor | None = None, spare: int = 1, **facts,
     ) -> Shards | None:  # fmt: skip
         """The `Shards` of a call with ``n_classes`` classes here; raises on every rank where ranks disagree."""
         if self.group is None:
             return None
         agree = torch.compiler.disable(self._agree) if torch.compiler.is_compiling() else self._agree
-        return agree(n_classes, target, margins, k, seed, fixed_seed, ignore_index, spare, facts)
+        return agree(n_classes, target, margins, k, seed, fixed_seed, ignore_index, features, spare, facts)
 
-    def _agree(self, n_classes, target, margins, k, seed, fixed_seed, ignore_index, spare, facts):
+    def _agree(self, n_classes, target, margins, k, seed, fixed_seed, ignore_index, features, spare, facts):
         labels = target.masked_fill(target == ignore_index, 0)
         marks = [seed, _checksum(target), *(labels.aminmax() if len(labels) else (torch.zeros_like(seed),) * 2)]
         if margins is not None:
             marks.append(_checksum(margins[labels.clamp(0, len(margins) - 1)] if len(margins) else margins))
-        number, mark, low, high, *margin_mark = torch.stack(marks).tolist()  # waits for the device once
+        if features is not None:
+            marks.append(_checksum(features))
+        number, mark, low, high, *others = torch.stack(marks).tolist()  # waits for the device once
         facts = {
             "function": self.function,
             "shape of target": tuple(target.shape),
@@ -129,7 +146,8 @@ class Meeting:
             "k": k,
             "seed": number if fixed_seed else None,
             "target": mark,
-            "margins": margins if margins is None else (len(margins), *margin_mark),
+            "margins": None if margins is None else (len(margins), others[0]),
+            "input": None if features is None else others[-1],
         }
         codes = [zlib.crc32(repr(value).encode()) for value in facts.values()]
         message = [1, n_classes, number, *codes]
@@ -140,8 +158,10 @@ class Meeting:
         for rank, (_, _, _, *others) in enumerate(everyone):
             for name, ours, theirs in zip(facts, codes, others):
                 if ours != theirs:
-                    shown = "" if name in ("target", "margins") else f", {facts[name]!r} here"
-                    raise ValueError(f"all ranks must pass the same {name}; rank {rank}'s is not this rank's{shown}")
+                    shown = "" if name in ("target", "margins", "input") else f", {facts[name]!r} here"
+                    raise ValueError(
+                        f"all ranks must pass the same {name}; rank {rank}'s is not this rank's{shown}{self.hint}"
+                    )
         shards = Shards(self.group, tuple(m[1] for m in everyone), torch.full_like(seed, everyone[0][2]))
         checks.rank(k, shards.n_classes, spare)
         if margins is not None:
@@ -152,9 +172,13 @@ class Meeting:
 
 
 def _checksum(x: Tensor) -> Tensor:
-    """Of the bits of numbers and their order."""
-    bits = x if x.dtype == torch.int64 else x.view(torch.int64 if x.element_size() == 8 else torch.int32)
-    return (bits * (torch.arange(len(x), device=x.device) * 0x9E3779B97F4A7C1 + 1)).sum()
+    """Of the bits of numbers and their order; in blocks, so that it needs no memory of x's size."""
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for i, block in enumerate(x.detach().contiguous().flatten().view(words).split(_BLOCK)):
+        place = torch.arange(i * _BLOCK, i * _BLOCK + len(block), device=x.device)
+        total += (block * (place * 0x9E3779B97F4A7C1 + 1)).sum()
+    return total
 
 
 def own_scores(scores: Tensor, target: Tensor, first_class: int) -> Tensor:
@@ -188,8 +212,11 @@ class _ShardedLoss(Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled() and grad.requires_grad:
+            raise RuntimeError(
+                "a loss whose classes are sharded has no second derivative: call backward without create_graph"
+            )
         gradient = ops.kernel("gradient", ctx.suffix)
         return gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.slice), *[None] * 10
 
@@ -226,3 +253,29 @@ def replicated(x):
     """A DTensor's full value; any other ``x`` as it is."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return x.full_tensor() if tensors is not None and isinstance(x, tensors.DTensor) else x
+
+
+def check_unmanaged(weight: Tensor) -> None:
+    """Refuses row-sparse gradients where DistributedDataParallel or FSDP2 will reduce them, which take dense ones alone."""
+    replica = DistributedDataParallel._get_active_ddp_module()
+    if replica is not None and any(weight is p for p in replica._module_parameters):
+        manager = "DistributedDataParallel"
+    elif any(weight is p for p in _unsharded_by_fsdp()):
+        manager = "FSDP2"
+    else:
+        return
+    raise ValueError(
+        f"sparse_grad=True does not go with {manager}, which reduces dense gradients alone: pass sparse_grad=False, or "
+        "keep the head out of it and give it a process_group, so that each rank owns some of the classes"
+    )
+
+
+def _unsharded_by_fsdp():
+    """The parameters that FSDP2 shards, as a module's forward sees them. It has no public way to ask; without these
+    names its own error comes in the backward."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    for reference_to in list(getattr(states, "_module_state_mapping", {}).values()):
+        state = reference_to()
+        single = getattr(state, "_fsdp_param_group", None) if not hasattr(state, "_fsdp_param_groups") else None
+        for group in getattr(state, "_fsdp_param_groups", [single]):
+            yield from (getattr(p, "_unsharded_param", None) for p in getattr(group, "fsdp_params", ()))
