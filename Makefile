@@ -75,7 +75,7 @@ format: $(ENVIRONMENT)
 # On a machine with a GPU: its tests, a sanitized run of the small ones, the benchmark; results in OUT.
 OUT ?= $(CURDIR)/out
 gpu: build
-	$(PYTHON) -c "import topk_fast.ops as o; assert o.HAS_CUDA, 'the CUDA extension is not built: is nvcc on the PATH?'"
+	$(PYTHON) -c "import topk_fast as t; assert 'cuda' in t.available_backends('cuda'), t.build_info()['backends']['cuda']"
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:

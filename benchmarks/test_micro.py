@@ -63,21 +63,21 @@ def test_loss(benchmark, batches, part, shape, name):
 def test_op(benchmark, batches, op, shape, backend):
     benchmark.group = f"op {op} {shape[0]} x {shape[1]}"
     scores, target = batches[shape][0].detach(), batches[shape][1]
-    suffix, seeds = ops.suffix(backend, scores, K + 1), itertools.cycle(torch.arange(64).unbind())
+    seeds = itertools.cycle(torch.arange(64).unbind())
     search = (K + 1, EPSILON, N_SAMPLE)  # with other noise in each round: the CPU would learn the branches of one
     if op == "candidates":
-        out = benchmark(lambda: ops.kernel(op, suffix)(scores, next(seeds), *search, 0, 0, False))
+        out = benchmark(lambda: ops.kernel(op, backend)(scores, next(seeds), *search, 0, 0, False))
         assert out[0].shape == (shape[0], N_SAMPLE, K + 1)
         return
 
     def search_rows():
-        return ops.kernel("loss", suffix)(scores, target, None, next(seeds), *search, 1.0, -100, False)
+        return ops.kernel("loss", backend)(scores, target, None, next(seeds), *search, 1.0, -100, False)
 
     if op == "loss":
         assert benchmark(search_rows)[0].shape == target.shape
         return
     losses, classes, _ = search_rows()
     grad = benchmark(
-        ops.kernel(op, suffix), torch.ones_like(losses), losses, classes, target, 1.0, 0, shape[1], scores.dtype
+        ops.kernel(op, backend), torch.ones_like(losses), losses, classes, target, 1.0, 0, shape[1], scores.dtype
     )
     assert grad.shape == scores.shape

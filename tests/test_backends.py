@@ -18,7 +18,7 @@ from topk_fast.functional import (
     noised_topk_candidates,
 )
 
-if ops.HAS_CPP:
+if "cpp" in BACKENDS:
     from topk_fast import _C
 
 KNOWN = [
@@ -28,8 +28,10 @@ KNOWN = [
     if name in case  # long rows have no dense lists
 ]
 INF, NAN = float("inf"), float("nan")
-FORMS = [f"cpp:{isa}" for isa in _C.isas()] + ["torch"] if ops.HAS_CPP else ["torch"]
-NEEDS_CPP = pytest.mark.skipif(not ops.HAS_CPP, reason="two backends are compared and the C++ kernels are not built")
+FORMS = [f"cpp:{isa}" for isa in _C.isas()] + ["torch"] if "cpp" in BACKENDS else ["torch"]
+NEEDS_CPP = pytest.mark.skipif(
+    "cpp" not in BACKENDS, reason="two backends are compared and the C++ kernels are not built"
+)
 SEARCH = dict(derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -337,15 +339,15 @@ def test_chunks_of_the_torch_backend_change_nothing(monkeypatch, sampler, kind, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("suffix", ["", "_torch"] if ops.HAS_CPP else ["_torch"], ids=lambda s: s or "cpp")
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_target", [True, False])
-def test_gradient_of_a_class_slice_is_the_slice_of_the_gradient(with_target, suffix, dtype):
+def test_gradient_of_a_class_slice_is_the_slice_of_the_gradient(with_target, backend, dtype):
     wide = reference.arithmetic(dtype)
     classes = torch.tensor([[3, 3, 8], [-1, -1, -1], [9, 0, 5], [5, 5, 5], [1, 2, 3], [4, 4, 4]])
     target = torch.tensor([3, 2, 9, 5, 7, 0]) if with_target else None
     result = torch.tensor([1.0, 2.0, NAN, 3.0, 0.0, 5.0], dtype=wide)
     grad = torch.arange(1.0, 7.0, dtype=wide)
-    op = getattr(torch.ops.topk_fast, "gradient" + suffix)
+    op = ops.kernel("gradient", backend)
     whole = op(grad, result, classes, target, 0.3, 0, 10, dtype)
     assert whole.count_nonzero() > 10
     for first, end in [(0, 1), (1, 5), (3, 4), (5, 10), (9, 10), (4, 4)]:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from test_backends import KINDS, assert_same, scores_of
 
-from topk_fast import ops, reference
+from topk_fast import available_backends, ops, reference
 from topk_fast.functional import noised_topk_candidates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +119,7 @@ class Device:
             args = (x, seed, k, epsilon, n_sample, dense)
         else:
             args = (x, target, margins, seed, k, epsilon, n_sample, scale, ignore_index, dense)
-        found = ops.kernel(("candidates", "smoothed", "loss")[mode], "")(*args)
+        found = ops.kernel(("candidates", "smoothed", "loss")[mode], "cuda")(*args)
         return (*(t.cpu() for t in found), None)[:3]
 
     def candidates(self, *args, **more):
@@ -127,10 +127,10 @@ class Device:
 
     def gradient(self, *args):
         args = (a.cuda() if isinstance(a, torch.Tensor) else a for a in args)
-        return ops.kernel("gradient", "")(*args).cpu()
+        return ops.kernel("gradient", "cuda")(*args).cpu()
 
 
-ON_GPU = ops.HAS_CUDA and torch.cuda.is_available()
+ON_GPU = "cuda" in available_backends("cuda") and torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
@@ -230,18 +230,18 @@ def test_losses_and_gradients(model, kind, dtype, n_classes):
     margins = torch.linspace(0, 1, n_classes, dtype=wide)
     for m, scale in ((None, 1.0), (margins, 30.0)):
         args = (x, target, m, torch.tensor(5), 4, 0.5, n_sample, scale, -100, False)
-        wanted = ops.kernel("loss", "_torch")(*args)
+        wanted = ops.kernel("loss", "torch")(*args)
         given = model.search(LOSS, x, 4, 0.5, n_sample, target=target, margins=m, scale=scale)
         losses, classes, n_valid = given
         assert_same((losses, classes, n_valid), wanted)
         grad = torch.arange(1.0, 13.0, dtype=wide)[::2]
         for first, width in ((0, n_classes), (3, 40)):
             entries = (grad, losses, classes, target, scale, first, width, dtype)
-            assert_same(model.gradient(*entries), ops.kernel("gradient", "_torch")(*entries))
+            assert_same(model.gradient(*entries), ops.kernel("gradient", "torch")(*entries))
     top, classes, _ = model.search(SMOOTHED, x, 4, 0.5, n_sample)
-    assert_same((top, classes), ops.kernel("smoothed", "_torch")(x, torch.tensor(5), 4, 0.5, n_sample, False))
+    assert_same((top, classes), ops.kernel("smoothed", "torch")(x, torch.tensor(5), 4, 0.5, n_sample, False))
     entries = (torch.ones(1, dtype=wide).expand(n_rows), top, classes, None, 1.0, 0, n_classes, dtype)
-    assert_same(model.gradient(*entries), ops.kernel("gradient", "_torch")(*entries))
+    assert_same(model.gradient(*entries), ops.kernel("gradient", "torch")(*entries))
 
 
 def test_no_rows_and_all_ignored(one_order):
@@ -299,8 +299,8 @@ def test_graphs_streams_and_autograd_on_a_device():
 def test_opcheck_on_a_device():
     x, seed = torch.randn(3, 150, device="cuda"), torch.tensor(3, device="cuda")
     y = torch.tensor([1, -100, 149], device="cuda")
-    torch.library.opcheck(ops.kernel("loss", ""), (x, y, None, seed, 5, 1.0, 4, 1.0, -100, False))
-    torch.library.opcheck(ops.kernel("candidates", ""), (x, seed, 5, 1.0, 4, 2, 1000, False))
+    torch.library.opcheck(ops.kernel("loss", "cuda"), (x, y, None, seed, 5, 1.0, 4, 1.0, -100, False))
+    torch.library.opcheck(ops.kernel("candidates", "cuda"), (x, seed, 5, 1.0, 4, 2, 1000, False))
 
 
 # The model finds what it is for
@@ -384,7 +384,7 @@ def test_sanitizers_see_an_entry_too_far(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc: nothing is compiled for a GPU")
-@pytest.mark.skipif(not ops.HAS_TRITON, reason="NVIDIA's disassembler comes with Triton")
+@pytest.mark.skipif("triton" not in available_backends("cuda"), reason="NVIDIA's disassembler comes with Triton")
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_compiled_for_gpus_within_the_budget():
     """No spills, 128 registers, 16-byte loads and stores, and in PTX no fused or approximate step."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import topk_fast
-from topk_fast import functional, linear, nn, noise, ops
+from topk_fast import backends, functional, linear, nn, noise
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("module", [topk_fast, functional, linear, nn, noise, ops], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [topk_fast, backends, functional, linear, nn, noise], ids=lambda m: m.__name__)
 def test_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0

@@ -535,11 +535,11 @@ def test_the_default_chunk_fits_its_budget(monkeypatch):
     sizes = []
     kernel = ops.kernel
 
-    def watched(name, suffix):
+    def watched(name, backend):
         def call(scores, *args):
             if name == "candidates":
                 sizes.append(tuple(scores.shape))
-            return kernel(name, suffix)(scores, *args)
+            return kernel(name, backend)(scores, *args)
 
         return call
 
@@ -566,16 +566,15 @@ def test_autocast(dtype, kind):
         )
 
 
-@pytest.mark.parametrize("suffix", [s for s in ops.SUFFIXES if s != "_triton"])
+@every_backend
 @pytest.mark.parametrize("normalize", [False, True])
-def test_opcheck(normalize, suffix):
+def test_opcheck(normalize, backend):
     x, weight, bias, target = layer()
-    op = getattr(torch.ops.topk_fast, "linear_candidates" + suffix).default
+    op, loss = (ops.kernel(name, backend) for name in ("linear_candidates", "linear_loss"))
     for b, y in ((bias, target), (None, None)):
         tensors = [None if t is None else t.detach() for t in (x, weight, b, y)]
         args = (*tensors, torch.tensor(1), 3, 0.5, 2, 100, False, normalize, 200, torch.float32)
         torch.library.opcheck(op, args)
-    loss = getattr(torch.ops.topk_fast, "linear_loss" + suffix).default
     for b, margins in ((bias, MARGINS), (None, None)):
         options = (3, 0.5, 2, 7.0, -100, False, normalize, 200, torch.float32, False)
         torch.library.opcheck(loss, (x, weight, b, target, margins, torch.tensor(1), *options))

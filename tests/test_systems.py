@@ -20,6 +20,7 @@ from topk_fast import (
     LinearImbalNoisedTopK,
     NoisedTopK,
     NormedLinear,
+    ops,
 )
 from topk_fast.functional import (
     bal_noised_topk_loss,
@@ -30,7 +31,6 @@ from topk_fast.functional import (
     noised_topk_candidates,
 )
 
-SUFFIXES = ["", "_torch"] if "cpp" in BACKENDS else ["_torch"]
 N, L, K = 6, 300, 5
 INF, NAN = float("inf"), float("nan")
 MARGINS = torch.linspace(0.1, 1.0, L)
@@ -82,10 +82,10 @@ def assert_same(given, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_opcheck(suffix, dtype):
+@every_backend
+def test_opcheck(backend, dtype):
     def check(op, *args):
-        torch.library.opcheck(getattr(torch.ops.topk_fast, op + suffix).default, args)
+        torch.library.opcheck(ops.kernel(op, backend), args)
 
     scores, target = batch(3, 150)
     scores, wide = scores.to(dtype), torch.float64 if dtype == torch.float64 else torch.float32
@@ -96,17 +96,15 @@ def test_opcheck(suffix, dtype):
         check("smoothed", scores, seed, K, 1.0, 4, dense)
         check("loss", scores, target, None, seed, K, 1.0, 4, 1.0, -100, dense)
         check("loss", scores, target, margins, seed, K, 1.0, 4, 50.0, -100, dense)
-    losses, classes, _ = getattr(torch.ops.topk_fast, "loss" + suffix)(
-        scores, target, margins, seed, K, 1.0, 4, 50.0, -100, False
-    )
+    losses, classes, _ = ops.kernel("loss", backend)(scores, target, margins, seed, K, 1.0, 4, 50.0, -100, False)
     check("gradient", torch.ones(3, dtype=wide), losses, classes, target, 50.0, 0, 150, dtype)
-    top, classes = getattr(torch.ops.topk_fast, "smoothed" + suffix)(scores, seed, K, 1.0, 4, False)
+    top, classes = ops.kernel("smoothed", backend)(scores, seed, K, 1.0, 4, False)
     check("gradient", torch.ones(3, dtype=wide), top, classes, None, 1.0, 0, 150, dtype)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_opcheck_of_strided_and_empty_scores(suffix):
-    op = getattr(torch.ops.topk_fast, "smoothed" + suffix).default
+@every_backend
+def test_opcheck_of_strided_and_empty_scores(backend):
+    op = ops.kernel("smoothed", backend)
     for scores in (randn(90, 4).t(), randn(4, 180)[:, :90], randn(0, 90), randn(1, 90), randn(1, 90).expand(4, 90)):
         for n_sample in (1, 4):
             torch.library.opcheck(op, (scores, torch.tensor(1), 2, 1.0, n_sample, False))

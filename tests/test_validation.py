@@ -449,7 +449,7 @@ def test_generator_on_another_device(function):
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ kernels are not built")
 def test_cpp_on_another_device():
-    with raises(ValueError, "backend 'cpp' runs on CPU tensors, got scores on meta"):
+    with raises(ValueError, "backend 'cpp' runs on CPU tensors, got input on meta"):
         noised_topk(META, 1, backend="cpp")
 
 

@@ -11,6 +11,7 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))  # a checkout: its triton_kernels lie beside this folder
 
 from . import functional
+from .backends import available_backends, build_info
 from .nn import (
     BalNoisedTopK,
     ImbalNoisedTopK,
@@ -19,7 +20,6 @@ from .nn import (
     NoisedTopK,
     NormedLinear,
 )
-from .ops import available_backends, build_info
 
 __version__ = "0.1.0"
 

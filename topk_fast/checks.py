@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BACKENDS = ("auto", "torch", "cpp", "cuda", "triton")
 LARGEST_EPSILON = 1e36  # beyond it, epsilon times the largest levels of noise (about 40) would overflow float32
 
 
@@ -210,11 +209,6 @@ def dense(sampler):
     if sampler not in ("auto", "thinned", "dense"):
         raise ValueError(f"sampler must be 'auto', 'thinned' or 'dense', got {sampler!r}")
     return sampler == "dense"
-
-
-def backend(name):
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'torch', 'cpp', 'cuda' or 'triton', got {name!r}")
 
 
 def source(seed, generator):

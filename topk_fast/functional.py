@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, ops, sharding
+from . import backends, checks, ops, sharding
 from .linear import linear_noised_topk_loss, linear_topk
 from .reference import arithmetic
 
@@ -82,6 +82,7 @@ def noised_topk(
     epsilon, n_sample = checks.noise(epsilon, n_sample)
     seed = checks.seed(seed, generator, input.device)
     flat = _flatten(rows)
+    backend = backends.resolve(backend, flat, k)
     top = ops.smoothed(flat, seed, k, epsilon, n_sample, checks.dense(sampler), backend=backend)
     return top.view(rows.shape[:-1])
 
@@ -280,9 +281,8 @@ def noised_topk_candidates(
     first_row = checks.integer("first_row", first_row, 0, 2**32 - 1)
     first_class = checks.integer("first_class", first_class, 0, 2**31 - 1 - n_classes, "2**31 - 1 - L")
     seed = checks.seed(seed, generator, scores.device)
-    return ops.candidates(
-        scores, seed, k, epsilon, n_sample, first_row, first_class, checks.dense(sampler), backend=backend
-    )
+    dense, backend = checks.dense(sampler), backends.resolve(backend, scores, k)
+    return ops.candidates(scores, seed, k, epsilon, n_sample, first_row, first_class, dense, backend=backend)
 
 
 def _loss(
@@ -305,14 +305,14 @@ def _loss(
         fixed_seed, seed = seed is not None, checks.seed(seed, generator, input.device)
         flat = input if input.dim() == 2 else _flatten(input.movedim(class_dim, -1))
         labels = target if target.dim() == 1 else target.reshape(-1)
-        suffix = ops.suffix(backend, flat, k + 1)
+        backend = backends.resolve(backend, flat, k + 1)
         shards = meeting.agree(
             n_local, labels, margins, k, seed, fixed_seed, ignore_index, epsilon=epsilon, n_sample=n_sample, scale=scale,
             dense=dense, dtype=input.dtype,
         )  # fmt: skip
     if shards is not None:
         losses = sharding.loss(
-            flat, labels, margins, shards, k + 1, epsilon, n_sample, scale, ignore_index, dense, suffix
+            flat, labels, margins, shards, k + 1, epsilon, n_sample, scale, ignore_index, dense, backend
         )
         losses = ops.reduce(losses, (labels != ignore_index).sum().to(losses.dtype), reduction)
     else:
@@ -321,7 +321,7 @@ def _loss(
         try:
             losses = ops.loss(
                 flat, labels, margins, seed, k + 1, epsilon, n_sample, scale, ignore_index, dense,
-                reduction=reduction, suffix=suffix,
+                reduction=reduction, backend=backend,
             )  # fmt: skip
         except RuntimeError:
             checks.labels(labels, n_classes, ignore_index)  # the kernels stop at a bad label but cannot name it

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks, ops, reference, sharding
+from . import backends, checks, ops, reference, sharding
 
 _ROWS = 1024  # of a tile: enough for a matmul at full speed
 _BYTES = {"cpu": 16 << 20}  # of a tile of logits; elsewhere _BYTES_ON_DEVICE
@@ -127,7 +127,7 @@ def linear_noised_topk_loss(
         fixed_seed, seed = seed is not None, checks.seed(seed, generator, input.device)
         rows, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
         chunk = _chunk(chunk_size, rows, weight, dtype)
-        suffix = ops.suffix(backend, rows.new_empty((0, chunk), dtype=dtype), k + 1)
+        backend = backends.resolve(backend, rows.new_empty((0, chunk), dtype=dtype), k + 1)
         shards = meeting.agree(
             weight.shape[0], labels, margins, k, seed, fixed_seed, ignore_index, features=rows, epsilon=epsilon,
             n_sample=n_sample, scale=scale, normalize=normalize, dense=dense, dtype=dtype, width=rows.shape[1],
@@ -141,10 +141,10 @@ def linear_noised_topk_loss(
     options = _Options(k + 1, epsilon, n_sample, scale, ignore_index, dense, bool(normalize), chunk, dtype, sparse_grad)
     args = (rows, weight, bias, labels, margins, seed)
     if torch.compiler.is_exporting() and shards is None:
-        losses, _ = ops.kernel("linear_loss", suffix)(*args, *options)
+        losses, _ = ops.kernel("linear_loss", backend)(*args, *options)
     else:
         apply = _apply_outside_of_graphs if sparse_grad else _LinearLoss.apply
-        losses, _ = apply(*args, options, shards, suffix)
+        losses, _ = apply(*args, options, shards, backend)
     n_valid = (labels != ignore_index).sum().to(losses.dtype)
     losses = ops.reduce(losses, n_valid, reduction)
     losses = losses.view(target.shape) if reduction == "none" else losses
@@ -205,7 +205,7 @@ def linear_topk(
         rows = input.reshape(-1, input.shape[-1])
         k = checks.rank(k, weight.shape[0] if process_group is None else None, spare=0)
         chunk = _chunk(chunk_size, rows, weight, dtype)
-        suffix = ops.suffix(backend, rows.new_empty((0, chunk), dtype=dtype), k)
+        backend = backends.resolve(backend, rows.new_empty((0, chunk), dtype=dtype), k)
         seed = torch.zeros((), dtype=torch.int64, device=rows.device)
         target = rows.new_zeros(len(rows), dtype=torch.int64)
         shards = meeting.agree(
@@ -215,7 +215,7 @@ def linear_topk(
     if normalize:
         rows = unit_rows(rows)
     first = 0 if shards is None else shards.first_class
-    found = ops.kernel("linear_candidates", suffix)(
+    found = ops.kernel("linear_candidates", backend)(
         rows.detach(), weight.detach(), None if bias is None else bias.detach(), None, seed, k, 0.0, 1, first, False,
         bool(normalize), chunk, dtype,
     )  # fmt: skip
@@ -240,7 +240,7 @@ _SCHEMA = (
 )
 
 
-def _walk(suffix):
+def _walk(backend):
     def linear_candidates(
         input, weight, bias, target, seed, k, epsilon, n_sample, first_class, dense, normalize, chunk_size, dtype
     ):
@@ -249,7 +249,7 @@ def _walk(suffix):
         values, classes = reference.empty_lists(input.new_empty((n_rows, 0), dtype=dtype), k, n_sample)
         true_score = values.new_zeros(n_rows)
         tile = input.new_empty(min(n_rows, _ROWS) * min(chunk_size, n_classes), dtype=dtype)
-        search = ops.kernel("candidates", suffix)
+        search = ops.kernel("candidates", backend)
         for row in range(0, n_rows, _ROWS):
             at = slice(row, row + _ROWS)
             x = input[at].to(dtype)
@@ -297,12 +297,12 @@ class _Options(NamedTuple):
     sparse: bool
 
 
-def _walk_and_hinge(suffix):
+def _walk_and_hinge(backend):
     def linear_loss(rows, weight, bias, target, margins, seed, *options, shards=None):
         """Losses [N] and the class of each sample's k-th largest [N, n_sample]; classes of all ranks take part."""
         o = _Options(*options)
         first = 0 if shards is None else shards.first_class
-        lists = ops.kernel("linear_candidates", suffix)(
+        lists = ops.kernel("linear_candidates", backend)(
             rows, weight, bias, target, seed, o.k, o.epsilon, o.n_sample, first, o.dense, o.normalize, o.chunk, o.dtype
         )
         values, classes, true_score = lists if shards is None else shards.best(*lists, target)
@@ -330,10 +330,10 @@ class _LinearLoss(Function):
     """Rows [N, D], already normalised where asked, and this rank's classes to losses [N]; keeps the class ids alone."""
 
     @staticmethod
-    def forward(rows, weight, bias, target, margins, seed, options, shards, suffix):
+    def forward(rows, weight, bias, target, margins, seed, options, shards, backend):
         if shards is None:
-            return ops.kernel("linear_loss", suffix)(rows, weight, bias, target, margins, seed, *options)
-        return _walk_and_hinge(suffix)(rows, weight, bias, target, margins, seed, *options, shards=shards)
+            return ops.kernel("linear_loss", backend)(rows, weight, bias, target, margins, seed, *options)
+        return _walk_and_hinge(backend)(rows, weight, bias, target, margins, seed, *options, shards=shards)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -491,18 +491,17 @@ def _weight_gradient(bags: _Bags, rows: Tensor, weight: Tensor, normalize: bool)
     return sums.to(weight.dtype)
 
 
-def _define(suffix: str):
-    """The ops of one backend's search. The derivative of `linear_loss` is `_LinearLoss`'s, so that exported graphs train."""
+def _derivative(backend: str):
+    """`_LinearLoss`'s, for the op itself, so that exported graphs train."""
 
     def keep(ctx, inputs, output):
-        _LinearLoss.setup_context(ctx, (*inputs[:6], _Options(*inputs[6:]), None, suffix), output)
+        _LinearLoss.setup_context(ctx, (*inputs[:6], _Options(*inputs[6:]), None, backend), output)
 
     def backward(ctx, *grads):
         return *_LinearLoss.backward(ctx, *grads)[:6], *[None] * len(_Options._fields)
 
-    ops.define("linear_candidates", suffix, _SCHEMA, _fake, _walk(suffix))
-    ops.define("linear_loss", suffix, _LOSS_SCHEMA, _fake_loss, _walk_and_hinge(suffix), derivative=(keep, backward))
+    return keep, backward
 
 
-for _suffix in ops.SUFFIXES:
-    _define(_suffix)
+ops.define("linear_candidates", _SCHEMA, _fake, _walk)
+ops.define("linear_loss", _LOSS_SCHEMA, _fake_loss, _walk_and_hinge, _derivative)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from . import checks, sharding
+from . import backends, checks, sharding
 from .functional import (
     bal_noised_topk_loss,
     class_margins,
@@ -39,7 +39,7 @@ class _Noised(Module):
         checks.noise(epsilon, n_sample)
         checks.source(seed, generator)
         checks.dense(sampler)
-        checks.backend(backend)
+        backends.check_name(backend)
         self.k, self.epsilon, self.n_sample = k, epsilon, n_sample
         self.generator, self.seed, self.sampler, self.backend = generator, seed, sampler, backend
 

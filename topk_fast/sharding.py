@@ -195,10 +195,10 @@ class _ShardedLoss(Function):
     """Scores [N, L_r] of this rank's classes to the losses [N] over all classes; its gradient needs no other rank."""
 
     @staticmethod
-    def forward(ctx, scores, target, margins, shards, k, epsilon, n_sample, scale, ignore_index, dense, suffix):
+    def forward(ctx, scores, target, margins, shards, k, epsilon, n_sample, scale, ignore_index, dense, backend):
         first, n_local = shards.first_class, scores.shape[1]
         if n_local:
-            search = ops.kernel("candidates", suffix)
+            search = ops.kernel("candidates", backend)
             values, classes = search(scores, shards.seed, k, epsilon, n_sample, 0, first, dense)
         else:
             values, classes = reference.empty_lists(scores, k, n_sample)
@@ -208,7 +208,7 @@ class _ShardedLoss(Function):
         )
         ctx.save_for_backward(losses, classes, target)
         ctx.slice = (scale, first, n_local, scores.dtype)
-        ctx.suffix = suffix
+        ctx.backend = backend
         return losses
 
     @staticmethod
@@ -217,7 +217,7 @@ class _ShardedLoss(Function):
             raise RuntimeError(
                 "a loss whose classes are sharded has no second derivative: call backward without create_graph"
             )
-        gradient = ops.kernel("gradient", ctx.suffix)
+        gradient = ops.kernel("gradient", ctx.backend)
         return gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.slice), *[None] * 10
 
 
