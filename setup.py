@@ -1,6 +1,8 @@
-"""Builds topk_fast._C, the C++ kernels, and topk_fast._C_cuda where torch has CUDA and nvcc is found.
+"""Builds topk_fast._C, the CPU kernels, and topk_fast._C_cuda, the CUDA kernels, where torch is a CUDA build.
 
-Without a compiler the package installs with its PyTorch backend alone.
+The two are built apart: when one cannot be built, the reason goes to stderr and the rest is installed. With
+TOPK_FAST_BUILD=require it is an error. Both use the stable ABIs of LibTorch and of Python, so that one binary serves
+every torch from 2.11 on and every Python from 3.10 on.
 """
 
 import os
@@ -9,61 +11,96 @@ from glob import glob
 
 from setuptools import setup
 
-REQUIRED = os.environ.get("TOPK_FAST_BUILD") == "require"
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip builds without it
+import find_cuda  # noqa: E402
 
 
 def warn(reason):
-    if REQUIRED:
+    if os.environ.get("TOPK_FAST_BUILD") == "require":
         raise SystemExit(f"topk_fast: TOPK_FAST_BUILD=require, but {reason}")
-    print(f"topk_fast: {reason}; installing without it, the PyTorch backend needs no kernels", file=sys.stderr)
+    print(f"topk_fast: {reason}. The installation goes on without these kernels", file=sys.stderr)
 
 
-def native():
-    """The extension module and the command that builds it, or nothing where torch is missing."""
+def make_extensions(torch):
+    """The extension modules to build, with the flags and folders of each."""
+    from torch.utils import cpp_extension
+
+    common = dict(
+        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
+        depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h")),
+        py_limited_api=True,
+    )
+    # One rounding an operation on every machine (csrc/noise.h): no contraction, no -march=native.
+    flags = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+             "-fvisibility=hidden",
+             # g++ 12 sees both in headers that are not ours (its own intrinsics, torch)
+             "-Wno-maybe-uninitialized", "-Wno-unused-parameter"]  # fmt: skip
+    cuda = ["csrc/topk_cuda.cu", "csrc/topk_cuda_binding.cpp"]
+    cpp = sorted(set(glob("csrc/*.cpp")) - set(cuda))
+    here = os.path.abspath("csrc")
+    extensions = [
+        cpp_extension.CppExtension("topk_fast._C", cpp, include_dirs=[here], extra_compile_args=flags, **common)
+    ]
+    if not torch.version.cuda:  # a CPU build, or ROCm's, which Triton serves
+        return extensions
+    try:
+        nvcc = find_cuda.find_nvcc()
+        root, version = find_cuda.find_toolkit(nvcc)
+        find_cuda.check_versions(nvcc, version, torch)
+        cudart = find_cuda.find_cudart(root, version, torch)
+        architectures = find_cuda.choose_architectures(torch)
+    except find_cuda.Unavailable as reason:
+        warn(f"the CUDA kernels cannot be built: {reason}")
+        return extensions
+    cpp_extension.CUDA_HOME = str(root)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    common["define_macros"] = [*common["define_macros"], ("USE_CUDA", None)]
+    compile_args = {
+        "cxx": [*flags, f'-DTOPK_FAST_CUDA_ARCHITECTURES="{architectures}"'],
+        "nvcc": ["-O3", "-std=c++17", "--fmad=false"],
+    }
+    extension = cpp_extension.CUDAExtension(
+        "topk_fast._C_cuda",
+        cuda,
+        include_dirs=[here],
+        extra_compile_args=compile_args,
+        extra_link_args=[cudart],
+        **common,
+    )
+    extension.libraries.remove("cudart")  # found by its path instead
+    return [*extensions, extension]
+
+
+def configure():
+    """What setuptools needs to build the extensions, or nothing where torch is missing."""
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+        from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
         warn(f"torch cannot be imported here: {error}. Install torch first and pass --no-build-isolation")
         return {}
 
     class Build(BuildExtension):
         def run(self):
-            try:
-                super().run()
-            except (Exception, SystemExit) as error:  # setuptools and ninja raise a dozen kinds
-                warn(f"the build failed: {error}")
+            """Each extension in a run of its own: torch checks nvcc before it compiles anything at all."""
+            extensions, compiler, inplace, built = self.extensions, self.compiler, self.inplace, []
+            for extension in extensions:
+                self.extensions, self.compiler, self.inplace = [extension], compiler, inplace
+                try:
+                    super().run()
+                    built.append(extension)
+                    for other in glob(f"{extension.name.replace('.', '/')}.cpython-*.so") if inplace else ():
+                        os.remove(other)  # Python would prefer a binary of its own version to this one
+                except (Exception, SystemExit) as error:  # setuptools and ninja raise a dozen kinds
+                    warn(f"the build of {extension.name} failed: {error}")
+            self.extensions = built
 
-        def build_extension(self, ext):  # one that fails leaves the other
-            try:
-                super().build_extension(ext)
-            except (Exception, SystemExit) as error:
-                warn(f"the build of {ext.name} failed: {error}")
-
-    common = dict(
-        include_dirs=[os.path.abspath("csrc")],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-        depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h")),
-        optional=not REQUIRED,
-    )
-    # One rounding an operation on every machine (csrc/noise.h): no contraction, no -march=native.
-    flags = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-             "-fvisibility=hidden",
-             # g++ 12 sees both in headers that are not ours (its own intrinsics, torch)
-             "-Wno-maybe-uninitialized", "-Wno-unused-parameter"]  # fmt: skip
-    cuda = ["csrc/topk_cuda.cu", "csrc/topk_cuda_binding.cpp"]
-    cpp = sorted(set(glob("csrc/*.cpp")) - set(cuda))
-    extensions = [CppExtension("topk_fast._C", cpp, extra_compile_args=flags, **common)]
-    if torch.version.cuda and not CUDA_HOME:
-        print("topk_fast: no nvcc, so no CUDA kernels; Triton's serve CUDA tensors", file=sys.stderr)
-    if torch.version.cuda and CUDA_HOME:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-        common["define_macros"] = [*common["define_macros"], ("USE_CUDA", None)]
-        nvcc = ["-O3", "-std=c++17", "--fmad=false"]
-        extensions.append(
-            CUDAExtension("topk_fast._C_cuda", cuda, extra_compile_args={"cxx": flags, "nvcc": nvcc}, **common)
-        )
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
+    return {
+        "ext_modules": make_extensions(torch),
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
-setup(**native())
+if __name__ == "__main__":
+    setup(**configure())

@@ -1,14 +1,11 @@
-// The Python module _C: importing it registers the ops; it exposes the contract's functions (noise.h) and bounds to the
-// tests, the build's facts, and the choice of instruction set.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The Python module _C: importing it registers the ops; it names the compiler and the instruction sets of this machine,
+// and chooses among the latter. Python's limited API: one binary serves every Python from 3.10 on.
+#include <Python.h>
 
 #include <cstring>
 #include <string>
 #include <vector>
 
-#include "bounds.h"
 #include "topk_cpu.h"
 
 namespace topk_fast {
@@ -44,62 +41,53 @@ SearchFn search_function() { return chosen ? chosen->search : available().front(
 
 }  // namespace topk_fast
 
-namespace py = pybind11;
-using namespace topk_fast;
-
 namespace {
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+using topk_fast::Isa;
 
-template <class In, class Out, class F>
-py::array_t<Out> map(const Array<In>& x, F f) {
-  py::array_t<Out> out(x.size());
-  for (py::ssize_t i = 0; i < x.size(); ++i) out.mutable_data()[i] = f(x.data()[i]);
-  return out;
+PyObject* isas(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const Isa& isa : topk_fast::available()) {
+    PyObject* name = names ? PyUnicode_FromString(isa.name) : nullptr;
+    if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
+  return names;
 }
+
+PyObject* use_isa(PyObject*, PyObject* argument) {
+  const char* name = PyUnicode_AsUTF8AndSize(argument, nullptr);
+  if (!name) return nullptr;
+  std::string names;
+  for (const Isa& isa : topk_fast::available()) {
+    if (!std::strcmp(isa.name, name)) {
+      topk_fast::chosen = &isa;
+      Py_RETURN_NONE;
+    }
+    names += names.empty() ? isa.name : std::string(", ") + isa.name;
+  }
+  return PyErr_Format(PyExc_ValueError, "the instruction set must be one of %s, got %s", names.c_str(), name);
+}
+
+PyObject* compiler(PyObject*, PyObject*) { return PyUnicode_FromString("g++ " __VERSION__); }
+
+PyMethodDef methods[] = {
+    {"isas", isas, METH_NOARGS, "Instruction sets that the CPU kernels can use on this machine, the best one first."},
+    {"use_isa", use_isa, METH_O, "Choose the instruction set of the CPU kernels, by its name."},
+    {"compiler", compiler, METH_NOARGS, "The compiler that built this module, with its version."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_C",
+                          "The CPU kernels; importing it registers them.",
+                          -1,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-    const Words w = philox(c0, c1, c2, c3, k0, k1);
-    return py::make_tuple(w.w0, w.w1, w.w2, w.w3);
-  });
-  m.def("normal", [](const Array<uint32_t>& w) {
-    return map<uint32_t, float>(w, [](uint32_t x) { return normal<Scalar>((int32_t)x); });
-  });
-  m.def("gap", [](const Array<uint32_t>& w) {
-    return map<uint32_t, int32_t>(w, [](uint32_t x) { return gap<Scalar>((int32_t)x); });
-  });
-  m.def("ln", [](const Array<float>& x) { return map<float, float>(x, [](float v) { return ln<Scalar>(v); }); });
-  m.def("upper_quantile",
-        [](const Array<float>& p) { return map<float, float>(p, [](float v) { return upper_quantile<Scalar>(v); }); });
-  m.def("hazard_quantile",
-        [](const Array<float>& e) { return map<float, float>(e, [](float v) { return hazard_quantile<Scalar>(v); }); });
-  m.def("word_bound", [](const Array<float>& score, float reach, double epsilon) {
-    return map<float, int32_t>(score, [=](float s) { return word_bound<Scalar>(s, reach, bound_epsilon(epsilon)); });
-  });
-  m.def("time_bound", [](const Array<float>& cut, float reach, double epsilon) {
-    return map<float, float>(cut, [=](float c) { return time_bound<Scalar>(c, reach, bound_epsilon(epsilon)); });
-  });
-  m.def("plan", [](int64_t n_classes, int64_t k) -> py::object {
-    const Plan p = plan(n_classes, k);
-    if (p.all) return py::none();
-    return py::make_tuple(p.group, p.stride, p.rank);
-  });
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (const Isa& isa : available()) names.push_back(isa.name);
-    return names;
-  });
-  m.def("use_isa", [](const std::string& name) {
-    for (const Isa& isa : available())
-      if (isa.name == name) {
-        chosen = &isa;
-        return;
-      }
-    throw py::value_error("no such instruction set here: " + name);
-  });
-  m.def("compiler", [] { return std::string("g++ " __VERSION__); });
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

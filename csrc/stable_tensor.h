@@ -9,6 +9,10 @@
 
 #include <initializer_list>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11 and 2.12
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace topk_fast {
 
 using torch::headeronly::ScalarType;

@@ -2,7 +2,7 @@
 //
 // Kernels and launchers: topk_cuda.cu, which knows nothing of torch. Launches go to the current stream of the scores'
 // device and wait for nothing. What is checked here keeps memory safe; users' errors: topk_fast/functional.py.
-#include <pybind11/pybind11.h>
+#include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -157,4 +157,25 @@ STABLE_TORCH_LIBRARY_IMPL(topk_fast, CUDA, m) {
 
 }  // namespace topk_fast
 
-PYBIND11_MODULE(_C_cuda, m) { m.doc() = "CUDA kernels of topk_fast; importing it registers them."; }
+namespace {
+
+PyObject* architectures(PyObject*, PyObject*) { return PyUnicode_FromString(TOPK_FAST_CUDA_ARCHITECTURES); }
+
+PyMethodDef methods[] = {
+    {"architectures", architectures, METH_NOARGS, "The GPU architectures that the kernels are compiled for."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_C_cuda",
+                          "The CUDA kernels; importing it registers them.",
+                          -1,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C_cuda() { return PyModule_Create(&definition); }
