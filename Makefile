@@ -1,6 +1,6 @@
 # The set-up of everything: each target makes .venv, installs the pinned requirements and builds the C++ kernels in
 # place. Where python3 has torch >= 2.11 already (a GPU machine without network) it is used as it is.
-.PHONY: help build test demo study bench bench-full tables lint format gpu clean
+.PHONY: help build test demo study bench bench-full tables lint format gpu wheel clean
 
 HAS_TORCH := $(shell python3 -c "from importlib.metadata import version as v; \
 	print(tuple(map(int, v('torch').split('+')[0].split('.')[:2])) >= (2, 11))" 2>/dev/null)
@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)
 SHELL := /bin/bash
 
 help:
-	@echo "make test | demo | study | bench | bench-full | tables | gpu | lint | format | build | clean"
+	@echo "make test | demo | study | bench | bench-full | tables | gpu | lint | format | build | wheel | clean"
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -78,5 +78,13 @@ gpu: build
 	$(PYTHON) -c "import topk_fast as t; assert 'cuda' in t.available_backends('cuda'), t.build_info()['backends']['cuda']"
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
+# A source distribution, and from it a wheel for every Python from 3.10 on and every torch from 2.11 on; in dist/.
+wheel: export TOPK_FAST_BUILD := require
+wheel: $(ENVIRONMENT)
+	rm -rf dist
+	$(PYTHON) setup.py --quiet sdist
+	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/topk_fast-*.tar.gz
+	ls dist
+
 clean:
-	rm -rf build .venv topk_fast/*.so *.egg-info
+	rm -rf build dist .cache .venv topk_fast/*.so *.egg-info

@@ -4,9 +4,11 @@ leaves the CPU kernels; an installed wheel works without a compiler, in any Pyth
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADERS = ROOT / ".cache" / "headers"
 PINNED = "the installed torch"
 SOURCES = sorted(path.name for path in (ROOT / "csrc").glob("*.cpp"))
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++: nothing can be compiled")
 
 
 def headers(version):
@@ -29,9 +32,9 @@ def headers(version):
     folder = HEADERS / version
     if not folder.exists():
         wheels = HEADERS / "wheels"
-        platforms = ["--platform", "macosx_11_0_arm64", "--platform", "macosx_14_0_arm64"]
+        platforms = ["--python-version=3.11", "--platform", "macosx_11_0_arm64", "--platform", "macosx_14_0_arm64"]
         done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--python-version=3.11",
+            [sys.executable, "-m", "pip", "download", "--retries=1", "--no-deps", "--only-binary=:all:",
              *platforms, f"--dest={wheels}", f"torch=={version}"],
             capture_output=True, text=True,
         )  # fmt: skip
@@ -46,6 +49,7 @@ def headers(version):
     return folder / "torch" / "include"
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize("version", ["2.11.0", "2.12.0", PINNED])
 def test_the_sources_compile(version):
     """The CUDA binding too, which needs no header of CUDA's: it alone knows both torch and CUDA."""
@@ -209,3 +213,53 @@ def test_trouble_with_cuda_leaves_the_cpu_kernels(no_cuda, tmp_path, version, re
     else:
         assert done.returncode == 0, done.stderr
         assert [path.name for path in tmp_path.glob("lib/topk_fast/*.so")] == ["_C.abi3.so"]
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The source distribution, and the wheel built from it, as `make wheel` makes them."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder], cwd=ROOT, check=True)
+    (source,) = folder.glob("*.tar.gz")
+    build = ["wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, source]
+    subprocess.run([sys.executable, "-m", "pip", *build], cwd=folder, check=True)
+    (wheel,) = folder.glob("*.whl")
+    return source, wheel
+
+
+@NEEDS_COMPILER
+def test_distributions_are_complete(distributions):
+    source, wheel = distributions
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert "csrc/topk_cuda.cu" in kernels and kernels | {"find_cuda.py", "setup.py", "LICENSE"} <= names
+    assert re.search(r"-cp310-abi3-linux_\w+\.whl$", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    python = {str(path.relative_to(ROOT)) for path in (ROOT / "topk_fast").glob("*.py")}
+    triton = {f"topk_fast/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").glob("*.py")}
+    assert "topk_fast/triton_kernels/search.py" in triton and python | triton | {"topk_fast/_C.abi3.so"} <= names
+    assert all(name.startswith(("topk_fast/", "topk_fast-")) for name in names)
+
+
+@NEEDS_COMPILER
+def test_the_wheel_runs_without_a_compiler(distributions, tmp_path):
+    """README's first example, in a fresh environment that borrows the torch at hand."""
+    venv, empty = tmp_path / "venv", tmp_path / "empty"
+    empty.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    python = venv / "bin" / "python"
+    install = ["install", "--quiet", "--no-deps", "--no-index", distributions[1]]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # the checkout would count as installed
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], env=environment, check=True)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    (packages / "torch_at_hand.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    example = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    example += "import topk_fast\nprint(topk_fast.__file__, *topk_fast.available_backends())\n"
+    done = subprocess.run(
+        [python, "-c", example], cwd=tmp_path, env={"PATH": str(empty)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    file, *backends = done.stdout.split()
+    assert Path(file).is_relative_to(packages) and backends[0] == "cpp"

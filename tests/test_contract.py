@@ -4,7 +4,6 @@ Contract under test: topk_fast/noise.py; known_answers.json was made by two inde
 what a bound drops cannot matter, and a bound is not much wider than it must be.
 """
 
-import importlib
 import json
 from pathlib import Path
 
