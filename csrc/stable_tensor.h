@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <initializer_list>
+#include <string>
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11 and 2.12
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
@@ -23,8 +24,13 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int3
   for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= sizes.begin()[i];
   AtenTensorHandle handle;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, type,
-                                                         device_type, device_index, &handle));
+  // The code of an error says nothing; what torch said of it is lost here.
+  if (aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, type, device_type, device_index,
+                               &handle) != AOTI_TORCH_SUCCESS) {
+    std::string shape;
+    for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, "topk_fast: out of memory: a tensor of shape [", shape, "] cannot be allocated");
+  }
   return Tensor(handle);
 }
 

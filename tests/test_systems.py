@@ -491,6 +491,17 @@ def test_inputs_stay_as_they_are():
     assert version == (x._version, y._version)
 
 
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the reference's allocations fail in torch's own words")
+def test_an_allocation_that_fails_speaks_of_memory():
+    """A gradient of 2^53 bytes, more than the address space has."""
+    n_rows, n_classes = 2**20, 2**31 - 1
+    one, ids = torch.ones(1), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=rf"out of memory: a tensor of shape \[{n_rows}, {n_classes}\] cannot be alloc"):
+        torch.ops.topk_fast.gradient(
+            one.expand(n_rows), one.expand(n_rows), ids.expand(n_rows, 1), None, 1.0, 0, n_classes, torch.float32
+        )
+
+
 # Processes and copies
 
 
