@@ -207,30 +207,6 @@ def study_table(metrics: list[str], data: str) -> str:
     return grid(["loss", *(HEADS.get(m, m) for m in metrics), "s an epoch"], rows)
 
 
-def study_short() -> str:
-    """The README's table: top-1, macro top-5, which settings were chosen by, and few-shot top-5 on every data set."""
-    report = result("study")
-    losses, head, columns = list(report["config"]["losses"]), ["loss"], []
-    for data in report["config"]["data"]:
-        runs = test_runs(report, data)
-        for metric in ("top-1", "macro top-5", *(("few",) if data in LONG_TAILED else ())):
-            head.append(f"{data}: {HEADS.get(metric, metric)}")
-            columns.append(accuracy_cells(runs, metric))
-    return grid(head, [[loss, *(cells[loss] for cells in columns)] for loss in losses]) + "\n\n" + study_note()
-
-
-def study_note() -> str:
-    report = result("study")
-    c, e = report["config"], report["environment"]
-    trials = sorted({d["trials"] for d in c["data"].values()})
-    return (
-        f"Test accuracy in percent, mean ± standard deviation over {len(c['seeds'])} seeds; macro: the mean over classes; "
-        f"few-shot: classes with fewer than 5 training rows. Bold: the best of a column and what a paired t-test over the "
-        f"seeds does not tell from it. K = {c['k']}, B = {c['n_sample']}; {' or '.join(map(str, trials))} validation trials for each "
-        f"loss. Commit {e['commit']}, {e['date'][:10]}."
-    )
-
-
 def study_data_table() -> str:
     report = result("study")
     rows = [
@@ -330,7 +306,6 @@ TABLES = {
     "peers": peers_table,
     "scores": scores_table,
     "linear": linear_table,
-    "study": study_short,
     "data": study_data_table,
     "species": study_full("species"),
     "glyphs": study_full("glyphs"),

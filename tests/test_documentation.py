@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,13 @@ def test_docstrings(module):
 
 
 @pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, monkeypatch):
+    """With the variables of a world of one, which torchrun sets; test_integrations.py has two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        variables = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    for name, value in (variables | {"GLOO_SOCKET_IFNAME": "lo"}).items():
+        monkeypatch.setenv(name, str(value))
     names = {}
     for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
         exec(compile(block, page, "exec"), names)

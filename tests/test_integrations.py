@@ -68,6 +68,81 @@ def test_framework(framework, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def run_under_torchrun(folder, text):
+    """Two processes that run a script; what they printed."""
+    (folder / "train.py").write_text(text)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=2",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*torchrun, "train.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+def test_the_recipe_of_sharding_under_torchrun(tmp_path):
+    """Copied as it stands, it is one world of two ranks, each with half of the classes."""
+    printed = run_under_torchrun(tmp_path, "\n".join(python_blocks("sharding.md")))
+    (loss,) = re.findall(r"2 ranks, 25000 classes on each, loss (\d+\.\d+)", printed)
+    assert float(loss) > 0
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+def test_the_blocks_of_data_parallel_training_under_torchrun(tmp_path):
+    """DDP and FSDP2: two ranks, whose replicas stay equal though their samples differ, and whose best classes are right."""
+    blocks = python_blocks("integrations.md")
+    setup = blocks[0]
+    ddp, fsdp = (next(b for b in blocks if name in b) for name in ("DistributedDataParallel(model)", "fully_shard("))
+    check = """
+weight = next(model.parameters()).detach().clone()
+dist.broadcast(weight, 0)
+assert world == 2 and torch.equal(weight, next(model.parameters())), rank
+dist.barrier()
+print(f"rank {rank} of {world} is right", flush=True)
+"""
+    after = """
+logits = (trunk.unshard(), head.unshard(), nn.functional.linear(trunk(x[rows]), head.weight, head.bias))[2]
+assert torch.equal(classes, logits.topk(k).indices)
+print("FSDP2 is right", flush=True)
+"""
+    fsdp = fsdp.replace("dist.destroy_process_group()", after + "dist.destroy_process_group()")
+    printed = run_under_torchrun(tmp_path, "\n".join([setup, ddp, check, fsdp]))
+    assert sorted(re.findall(r"rank \d of 2 is right", printed)) == [f"rank {rank} of 2 is right" for rank in range(2)]
+    assert printed.count("FSDP2 is right") == 2
+
+
+@pytest.mark.parametrize("kind", ["ours", "torch's"])
+def test_a_forked_child_with_one_thread(kind):
+    """integrations.md: a child that is forked after the parent's threads ran must set its own number first."""
+    script = f"""
+import os, torch
+from topk_fast.functional import bal_noised_topk_loss
+torch.set_num_threads(2)
+x, y = torch.randn(512, 5000), torch.arange(512)
+loss = (lambda: bal_noised_topk_loss(x, y, 5, seed=1)) if {kind!r} == "ours" else lambda: torch.nn.functional.cross_entropy(x, y)
+expected = loss()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if torch.allclose(loss(), expected) else 3)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
+
+
 # integrations.md's table: three values of one argument, and the graphs compiled after each call.
 ANEW = {
     "target": ([torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64), torch.arange(6)], [1, 1, 1]),
@@ -83,7 +158,7 @@ ANEW = {
 
 
 @pytest.mark.parametrize("name", ANEW)
-def test_what_compiles_anew(name):
+def test_what_recompiles(name):
     """As the table of integrations.md says; for epsilon at least one more graph for each value."""
     from torch._dynamo.testing import CompileCounterWithBackend
 

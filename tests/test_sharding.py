@@ -288,6 +288,18 @@ def said_by(call):
         return f"{type(error).__name__}: {error}"
 
 
+def transforms_case(rank, world, sizes):
+    """What sharded losses say of torch.func and torch.export, on every rank."""
+    own = part_of(sizes_of(sizes, world), rank)
+    scores, target = batch()
+    criterion = BalNoisedTopK(K, 0.5, process_group=dist.group.WORLD)
+
+    def exported():
+        torch.export.export(criterion, (scores[:, own], target), strict=False)
+
+    return said_by(lambda: torch.func.grad(lambda x: criterion(x, target))(scores[:, own])), said_by(exported)
+
+
 def second_derivatives_case(rank, world, sizes):
     """What sharded losses say of them, and the gradient that they give where there is none to take."""
     own = part_of(sizes_of(sizes, world), rank)
@@ -529,6 +541,7 @@ CASES = {
     "no rows, linear": (no_rows_case, "ragged"),
     "no rows, cosine logits": (no_rows_case, "empty and single", True),
     "second derivatives": (second_derivatives_case, "ragged"),
+    "transforms": (transforms_case, "ragged"),
     "all rows ignored": (scores_case, "ragged", "balanced", "float32", "none", "auto", "dense", with_all_ignored),
     "recipe": (recipe_case, "even"),
     "copies": (copies_case, "even"),
@@ -705,6 +718,13 @@ def test_second_derivatives(ranks, world):
         assert of_scores == f"RuntimeError: a loss whose classes are sharded {message}"
         assert of_weight == f"RuntimeError: a linear loss whose classes are sharded {message}"
     torch.testing.assert_close(torch.cat([g for _, _, g in results], dim=1), gradient)
+
+
+@every_world
+def test_transforms(ranks, world):
+    for of_grad, of_export in result_of(ranks, world, "transforms"):
+        assert of_grad.startswith("RuntimeError: torch.func does not transform a loss whose classes are sharded")
+        assert "a loss whose classes are sharded cannot be exported" in of_export
 
 
 def test_a_head_under_fsdp(ranks):

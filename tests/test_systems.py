@@ -252,6 +252,18 @@ class Exported(nn.Module):
         return call(self.criterion, self.head(x), y).sum()
 
 
+def test_an_exported_graph_makes_sparse_gradients():
+    torch.manual_seed(0)
+    model = Exported("linear", sparse_grad=True, seed=1)
+    x, y = randn(N, 8), batch()[1]
+    graph = torch.export.export(model, (x, y)).module()
+    model(x, y).backward()
+    graph(x, y).backward()
+    given, expected = graph.criterion.weight.grad, model.criterion.weight.grad
+    assert given.is_sparse
+    assert_same(given.to_dense(), expected.to_dense())
+
+
 @pytest.mark.parametrize("form", ["value", "balanced", "imbalanced", "linear", "linear imbalanced"])
 @every_backend
 @pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
@@ -496,7 +508,9 @@ def test_an_allocation_that_fails_speaks_of_memory():
     """A gradient of 2^53 bytes, more than the address space has."""
     n_rows, n_classes = 2**20, 2**31 - 1
     one, ids = torch.ones(1), torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=rf"out of memory: a tensor of shape \[{n_rows}, {n_classes}\] cannot be alloc"):
+    with pytest.raises(
+        RuntimeError, match=rf"out of memory: a tensor of shape \[{n_rows}, {n_classes}\] cannot be alloc"
+    ):
         torch.ops.topk_fast.gradient(
             one.expand(n_rows), one.expand(n_rows), ids.expand(n_rows, 1), None, 1.0, 0, n_classes, torch.float32
         )

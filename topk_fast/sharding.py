@@ -126,6 +126,14 @@ class Meeting:
         """The `Shards` of a call with ``n_classes`` classes here; raises on every rank where ranks disagree."""
         if self.group is None:
             return None
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "a loss whose classes are sharded cannot be exported, since its ranks communicate in Python"
+            )
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "torch.func does not transform a loss whose classes are sharded: call backward() or torch.autograd.grad"
+            )
         agree = torch.compiler.disable(self._agree) if torch.compiler.is_compiling() else self._agree
         return agree(n_classes, target, margins, k, seed, fixed_seed, ignore_index, features, spare, facts)
 
