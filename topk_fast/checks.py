@@ -80,7 +80,7 @@ def layer(input, weight, bias):
         if bias.device != input.device:
             raise ValueError(f"bias must be on input's device {input.device}, got {bias.device}")
     kind = input.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != input.dtype:

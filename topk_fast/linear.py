@@ -140,11 +140,12 @@ def linear_noised_topk_loss(
     seed = seed if shards is None else shards.seed
     options = _Options(k + 1, epsilon, n_sample, scale, ignore_index, dense, bool(normalize), chunk, dtype, sparse_grad)
     args = (rows, weight, bias, labels, margins, seed)
-    if torch.compiler.is_exporting() and shards is None:
+    if sparse_grad and torch.compiler.is_dynamo_compiling():
+        losses, _ = _apply_outside_of_graphs(*args, options, shards, backend)
+    elif shards is None and torch.compiler.is_exporting():  # the op has a derivative of its own, which the graph keeps
         losses, _ = ops.kernel("linear_loss", backend)(*args, *options)
     else:
-        apply = _apply_outside_of_graphs if sparse_grad else _LinearLoss.apply
-        losses, _ = apply(*args, options, shards, backend)
+        losses, _ = _LinearLoss.apply(*args, options, shards, backend)
     n_valid = (labels != ignore_index).sum().to(losses.dtype)
     losses = ops.reduce(losses, n_valid, reduction)
     losses = losses.view(target.shape) if reduction == "none" else losses
