@@ -12,8 +12,7 @@ from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from topk_fast import LinearBalNoisedTopK, LinearImbalNoisedTopK, NormedLinear, ops
-from topk_fast import linear as linear_module
+from topk_fast import LinearBalNoisedTopK, LinearImbalNoisedTopK, NormedLinear, linear_ops, ops
 from topk_fast import nn as nn_module
 from topk_fast.functional import (
     bal_noised_topk_loss,
@@ -106,7 +105,7 @@ def test_chunks_with_the_dense_sampler_have_the_same_bits(chunk, backend, dtype)
 def test_tiles_of_rows_change_nothing(monkeypatch, sampler, chunk):
     args = layer(exact=True)
     expected = fused(*args, "plain", chunk_size=chunk, sampler=sampler, reduction="none")
-    monkeypatch.setattr(linear_module, "_ROWS", 5)
+    monkeypatch.setattr(linear_ops, "_ROWS", 5)
     same(fused(*args, "plain", chunk_size=chunk, sampler=sampler, reduction="none"), expected)
 
 
@@ -531,7 +530,7 @@ def test_no_tensor_is_larger_than_a_chunk(normalize):
 
 def test_the_default_chunk_fits_its_budget(monkeypatch):
     x, weight, _, target = layer()
-    monkeypatch.setitem(linear_module._BYTES, "cpu", 12 * 50 * 4)
+    monkeypatch.setitem(linear_ops._BYTES, "cpu", 12 * 50 * 4)
     sizes = []
     kernel = ops.kernel
 

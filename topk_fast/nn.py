@@ -19,7 +19,7 @@ from .functional import (
     linear_topk,
     noised_topk,
 )
-from .linear import unit_rows
+from .linear_ops import unit_rows
 
 __all__ = [
     "BalNoisedTopK",
