@@ -8,6 +8,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+pytest.register_assert_rewrite("cases")  # the comparisons of all backends
+
 from topk_fast import available_backends  # noqa: E402
 
 # What tests of all backends run on: the fast ones. Triton has test_triton.py, for its interpreter takes a second a row.

@@ -1,16 +1,26 @@
 """Contract under test: same seed, same bits, on every backend, instruction set, thread count, chunk and layout."""
 
-import json
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from cases import (
+    KINDS,
+    KNOWN,
+    KNOWN_IDS,
+    assert_same,
+    dense_oracle,
+    equal_scores_under_a_mask,
+    known_scores,
+    merge,
+    randn,
+    scores_of,
+)
 from conftest import BACKENDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from topk_fast import noise, ops, reference
+from topk_fast import ops, reference
 from topk_fast.functional import (
     bal_noised_topk_loss,
     imbal_noised_topk_loss,
@@ -21,12 +31,6 @@ from topk_fast.functional import (
 if "cpp" in BACKENDS:
     from topk_fast import _C
 
-KNOWN = [
-    (case, name)
-    for case in json.loads((Path(__file__).parent / "known_answers.json").read_text())["row"]["cases"]
-    for name in ("thinned", "dense")
-    if name in case  # long rows have no dense lists
-]
 INF, NAN = float("inf"), float("nan")
 FORMS = [f"cpp:{isa}" for isa in _C.isas()] + ["torch"] if "cpp" in BACKENDS else ["torch"]
 NEEDS_CPP = pytest.mark.skipif(
@@ -59,60 +63,6 @@ def sampler(request):
     return request.param
 
 
-def bits(x):
-    """The raw bits, with one pattern for every NaN: which NaN it is the contract leaves open."""
-    if not x.dtype.is_floating_point:
-        return x
-    x = torch.where(x.isnan(), torch.full_like(x, NAN), x)
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
-def assert_same(given, expected, note=""):
-    given = given if isinstance(given, tuple) else (given,)
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    for a, b in zip(given, expected, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape, note
-        where = (bits(a) != bits(b)).nonzero()
-        assert not where.numel(), f"{note} differs at {where[0].tolist()}: {a[tuple(where[0])]} {b[tuple(where[0])]}"
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-KINDS = {
-    "normal": lambda x, u, low: x,
-    "zeros": lambda x, u, low: torch.zeros_like(x),
-    "minus zeros": lambda x, u, low: torch.full_like(x, -0.0),
-    "zeros of both signs": lambda x, u, low: torch.zeros_like(x).copysign(x),
-    "large constant": lambda x, u, low: torch.full_like(x, 1000.0),
-    "ties": lambda x, u, low: (x * 2).round() / 2,
-    "spiky": lambda x, u, low: x**3,
-    "falling": lambda x, u, low: x.sort(dim=1, descending=True).values,
-    "rising": lambda x, u, low: x.sort(dim=1).values,
-    "tiny": lambda x, u, low: x * 1e-40,
-    "huge": lambda x, u, low: x * 1e4,
-    "half masked": lambda x, u, low: x.masked_fill(u < 0.5, -INF),
-    "99 % masked": lambda x, u, low: x.masked_fill(u < 0.99, -INF),
-    "all masked": lambda x, u, low: torch.full_like(x, -INF),
-    "masked by finfo.min": lambda x, u, low: x.masked_fill(u < 0.9, low),
-    "some +inf": lambda x, u, low: x.masked_fill(u < 0.02, INF),
-    "half +inf": lambda x, u, low: x.masked_fill(u < 0.5, INF),
-    "+inf and -inf": lambda x, u, low: x.masked_fill(u < 0.3, INF).masked_fill(u > 0.7, -INF),
-    "rows of many sizes": lambda x, u, low: x * 10.0 ** (torch.arange(len(x)) % 5 - 2.0)[:, None],
-    "some NaN": lambda x, u, low: x.masked_fill(u < 0.01, NAN),
-    "a NaN in the last class": lambda x, u, low: x.index_fill(1, torch.tensor([x.shape[1] - 1]), NAN),
-}
-
-
-def scores_of(kind, dtype, n_rows, n_classes, data_seed):
-    generator = torch.Generator().manual_seed(data_seed)
-    x = torch.randn(n_rows, n_classes, generator=generator, dtype=torch.float64)
-    u = torch.rand(n_rows, n_classes, generator=generator)
-    low = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
-    return KINDS[kind](x, u, low).to(dtype)
-
-
 # Lengths around the widths of vectors, of tiles and of the plan's steps, and anything between.
 LENGTHS = st.one_of(
     st.integers(1, 300),
@@ -131,22 +81,6 @@ def affordable(n_rows, n_classes, k, n_sample):
     if n_classes > 3000:
         return n_rows, min(k, 21), min(n_sample, 5)
     return n_rows * (11 if n_classes <= 300 and n_rows * n_sample < 40 else 1), k, n_sample
-
-
-def known_scores(case):
-    """The row that a known answer names, made from the contract's own noise."""
-    words = noise.philox(torch.arange(case["L"]), 1000, 0, 0, torch.tensor(case["seed"]))
-    z = noise.normal(words[0])
-    return {
-        "normal": lambda: z,
-        "flat": lambda: torch.zeros_like(z),
-        "ties": lambda: (z * 4).round() * 0.25,
-        "masked": lambda: z.masked_fill(words[1] < 0xE0000000, -INF),
-        "spiky": lambda: (z * z) * z,
-    }[case["scores"]]()
-
-
-KNOWN_IDS = [f"{name}-{c['scores']}-L{c['L']}-k{c['k']}-epsilon{c['epsilon']}" for c, name in KNOWN]
 
 
 @pytest.mark.parametrize("case, name", KNOWN, ids=KNOWN_IDS)
@@ -222,15 +156,6 @@ def test_losses_and_gradients_agree(
         assert_same(results[one], results["torch"], f"{one} {what}")
 
 
-def dense_oracle(scores, k, epsilon, n_sample, seed):
-    """All noised scores by the contract's draws, sorted; stable, so the lower class is first among equals."""
-    rows = torch.arange(scores.shape[0])
-    z = reference.dense_noise(rows, scores.shape[1], n_sample, torch.tensor(seed))
-    noised = scores[:, None] + epsilon * z.to(scores.dtype)
-    order = (noised + 0.0).sort(dim=2, descending=True, stable=True).indices[..., :k]
-    return noised.gather(2, order), order
-
-
 @pytest.mark.parametrize("kind", ["normal", "zeros of both signs", "ties", "spiky", "some +inf"])
 @pytest.mark.parametrize("n_classes", [7, 129, 2000])
 def test_dense_is_a_sort_of_all_noised_scores(form, kind, n_classes):
@@ -289,16 +214,6 @@ def test_row_slices_equal_the_whole(form, sampler, step):
         for n in range(0, 10, step)
     ]
     assert_same(tuple(torch.cat(part) for part in zip(*parts, strict=True)), whole)
-
-
-def merge(parts, k):
-    """The k best of candidates of several class slices: value descending, then class ascending, -1 last."""
-    values = torch.cat([p[0] for p in parts], dim=2)
-    classes = torch.cat([p[1] for p in parts], dim=2)
-    order = classes.where(classes >= 0, torch.tensor(2**62)).sort(dim=2, stable=True).indices
-    values, classes = values.gather(2, order), classes.gather(2, order)
-    order = (values + 0.0).sort(dim=2, descending=True, stable=True).indices[..., :k]
-    return values.gather(2, order), classes.gather(2, order)
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros of both signs", "half masked", "99 % masked", "some +inf"])
@@ -424,16 +339,6 @@ def test_short_lists_end_in_minus_inf_and_minus_one(form, sampler, n_classes, fi
     assert (values[..., finite:] == -INF).all() and (classes[..., finite:] == -1).all()
     assert torch.isfinite(values[..., :finite]).all()
     assert torch.equal(classes[..., :finite].sort(dim=2).values, kept.sort().values.expand(2, 5, -1))
-
-
-def equal_scores_under_a_mask(n_classes, k, finite):
-    """Zeros at the heads of the groups that the plan looks at, then at their second classes; all else is masked."""
-    group, stride, rank = noise.plan(n_classes, k)
-    heads = torch.arange(0, n_classes, group * stride)
-    scores = torch.full((1, n_classes), -INF)
-    scores[0, torch.cat([heads, heads + 1])[:finite]] = 0.0
-    assert rank <= finite, "the cut is one of the finite scores"
-    return scores
 
 
 @pytest.mark.parametrize(

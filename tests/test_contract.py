@@ -16,17 +16,19 @@ from topk_fast import available_backends, noise
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KNOWN = json.loads((Path(__file__).parent / "known_answers.json").read_text())
 HAS_CPP = "cpp" in available_backends("cpu")
-FORMS = ["torch"] + ["cpp"] * HAS_CPP + ["triton"] * ("triton" in available_backends(DEVICE))
+TORCH, CPP = (pytest.param(form, marks=pytest.mark.host) for form in ("torch", "cpp"))
+TRITON = ["triton"] * ("triton" in available_backends(DEVICE))
+FORMS = [TORCH] + [CPP] * HAS_CPP + TRITON
 
 if HAS_CPP:
     import contract_hooks
 
-if "triton" in FORMS:
+if TRITON:
     import triton
     import triton.language as tl
     from topk_fast.triton_kernels import noise as triton_noise
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["n"])
     def map_kernel(x, out, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         bits = tl.load(x + at, mask=at < n, other=0x3F000000)
@@ -124,7 +126,7 @@ def test_plan(form):
     "name, low, high",
     [("ln", 2.0**-126, 2.0**100), ("upper_quantile", 2.0**-126, 0.5), ("hazard_quantile", 1e-9, 300.0)],
 )
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "cpp"])
+@pytest.mark.parametrize("form", [TORCH, *TRITON])
 def test_a_million_floats_as_in_cpp(form, name, low, high):
     bits = np.random.default_rng(0).integers(
         *np.array([low, high], np.float32).view(np.uint32), size=1_000_000, dtype=np.uint32
@@ -134,12 +136,13 @@ def test_a_million_floats_as_in_cpp(form, name, low, high):
 
 @pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
 @pytest.mark.parametrize("name", ["normal", "gap"])
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "cpp"])
+@pytest.mark.parametrize("form", [TORCH, *TRITON])
 def test_a_million_words_as_in_cpp(form, name):
     words = np.random.default_rng(1).integers(0, 1 << 32, size=1_000_000, dtype=np.uint32)
     np.testing.assert_array_equal(call(form, name, words), call("cpp", name, words))
 
 
+@pytest.mark.host
 def test_accuracy_against_scipy():
     """The contract fixes bits, this that the bits mean what they say: quantiles within 2e-6 of scipy's."""
     from scipy.stats import norm
@@ -166,6 +169,7 @@ def near(reach, epsilon, dtype):
 needs_bounds = pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
 
 
+@pytest.mark.host
 @needs_bounds
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("size, epsilon", SIZES)
@@ -185,6 +189,7 @@ def test_no_word_beyond_its_bound_reaches(size, epsilon, dtype):
         assert (bound[dropped] <= 1.07 * share * 2**24 + 3).all()
 
 
+@pytest.mark.host
 @needs_bounds
 @pytest.mark.parametrize("size, epsilon", SIZES)
 def test_no_arrival_beyond_its_bound_reaches(size, epsilon):
@@ -202,6 +207,7 @@ def test_no_arrival_beyond_its_bound_reaches(size, epsilon):
         assert (bound[bounded] <= 1.2 * time + 4e-14).all()
 
 
+@pytest.mark.host
 @needs_bounds
 def test_rare_arrivals_are_never_bounded_away():
     """Beyond 7.5 the contract's quantile is larger than the true one: arrivals up to there are always looked at."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_backends import KINDS, assert_same, scores_of
+from cases import KINDS, assert_same, scores_of
 
 from topk_fast import available_backends, ops, reference
 from topk_fast.functional import noised_topk_candidates
@@ -25,7 +25,7 @@ SOURCES = ROOT / "csrc"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of topk_cuda.h's ScoreType
 CANDIDATES, SMOOTHED, LOSS = range(3)
 SANITIZED = "TOPK_FAST_SIMT_LIBRARY"  # names the library to use, built with sanitizers, in a process that has them
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the model is C++, and there is no g++")
+NEEDS_GXX = pytest.mark.skipif(shutil.which("g++") is None, reason="the model is C++, and there is no g++")
 POINTER, LONG, DOUBLE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int32
 
 
@@ -105,13 +105,16 @@ class Model:
 class Device:
     """The same calls on a GPU."""
 
+    @staticmethod
+    def there(x):
+        """A CPU tensor on the GPU with its strides and offset, which `to` would not keep."""
+        storage = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to("cuda")
+        return torch.as_strided(storage, x.shape, x.stride(), x.storage_offset())
+
     def search(self, mode, x, k, epsilon, n_sample, *, seed=5, dense=False, first_row=0, first_class=0, target=None,
                margins=None, scale=1.0, ignore_index=-100, processors=1):  # fmt: skip
-        device = torch.device("cuda")
-        storage = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to(device)
-        x = torch.as_strided(storage, x.shape, x.stride(), x.storage_offset())  # the same layout there
-        seed = torch.tensor(seed, device=device)
-        target, margins = (None if t is None else t.to(device) for t in (target, margins))
+        x, seed = self.there(x), torch.tensor(seed, device="cuda")
+        target, margins = (None if t is None else self.there(t) for t in (target, margins))
         if mode == CANDIDATES:
             args = (x, seed, k, epsilon, n_sample, first_row, first_class, dense)
         elif mode == SMOOTHED:
@@ -125,7 +128,7 @@ class Device:
         return self.search(CANDIDATES, *args, **more)[:2]
 
     def gradient(self, *args):
-        args = (a.cuda() if isinstance(a, torch.Tensor) else a for a in args)
+        args = (self.there(a) if isinstance(a, torch.Tensor) else a for a in args)
         return ops.kernel("gradient", "cuda")(*args).cpu()
 
 
@@ -137,14 +140,24 @@ def library(tmp_path_factory):
     return os.environ.get(SANITIZED) or compiled(tmp_path_factory.mktemp("simt") / "kernels.so")
 
 
-@pytest.fixture(params=["order0", "order1", "order2"] + ["device"] * ON_GPU)
-def model(request, library):
-    return Device() if request.param == "device" else Model(library, int(request.param[-1]))
+def places(*orders):
+    """Where a test runs: in the model, with its threads in several orders, and on the GPU where there is one."""
+    in_the_model = [pytest.param(order, id=f"order{order}", marks=(pytest.mark.host, NEEDS_GXX)) for order in orders]
+    return in_the_model + ["device"] * ON_GPU
 
 
-@pytest.fixture(params=["order7"] + ["device"] * ON_GPU)
-def one_order(request, library):
-    return Device() if request.param == "device" else Model(library, 7)
+@pytest.fixture(params=places(0, 1, 2))
+def model(request):
+    if request.param == "device":
+        return Device()
+    return Model(request.getfixturevalue("library"), request.param)  # which only the model has to compile
+
+
+@pytest.fixture(params=places(7))
+def one_order(request):
+    if request.param == "device":
+        return Device()
+    return Model(request.getfixturevalue("library"), request.param)
 
 
 def expected(x, k, epsilon, n_sample, *, dense=False, **more):
@@ -243,6 +256,28 @@ def test_losses_and_gradients(model, kind, dtype, n_classes):
     assert_same(model.gradient(*entries), ops.kernel("gradient", "torch")(*entries))
 
 
+GRADIENTS = {
+    "every second number": lambda grad: grad.repeat_interleave(2)[::2],
+    "a column": lambda grad: torch.stack([grad, -grad], 1)[:, 0],
+    "one number expanded": lambda grad: grad[:1].expand(len(grad)),
+}
+
+
+@pytest.mark.parametrize("layout", GRADIENTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_gradients(one_order, dtype, layout):
+    """A row's gradient is read where its stride says; those between are wrong ones or not there."""
+    grad = GRADIENTS[layout](torch.arange(1.0, 6.0, dtype=reference.arithmetic(dtype)))
+    assert grad.stride() in [(2,), (0,)]
+    classes = torch.tensor([[3, 3, 8], [-1, -1, -1], [9, 0, 5], [5, 5, 5], [1, 2, 3]])
+    result, target = torch.ones(5, dtype=grad.dtype), torch.tensor([3, 2, 9, 5, 7])
+    for y in (target, None):
+        entries = (grad, result, classes, y, 0.5, 0, 50, dtype)
+        wanted = ops.kernel("gradient", "torch")(*entries)
+        assert wanted.any(1).sum() >= 3  # rows whose gradient shows
+        assert_same(one_order.gradient(*entries), wanted)
+
+
 def test_no_rows_and_all_ignored(one_order):
     x = torch.randn(2, 40)
     values, classes, n_valid = one_order.search(LOSS, x[:0], 3, 1.0, 2, target=torch.zeros(0, dtype=torch.int64))
@@ -251,6 +286,8 @@ def test_no_rows_and_all_ignored(one_order):
     assert not values.any() and (classes == -1).all() and n_valid == 0
 
 
+@pytest.mark.host
+@NEEDS_GXX
 @pytest.mark.parametrize("label", [-1, 40])
 def test_a_wrong_label_stops_the_device(library, label):
     with pytest.raises(RuntimeError, match="trap"):  # in the model alone: a device would be lost to later tests
@@ -330,6 +367,8 @@ def with_bug(folder, right, wrong):
     return sources
 
 
+@pytest.mark.host
+@NEEDS_GXX
 @pytest.mark.parametrize("bug", [b for b in BUGS if b != "an entry too far"])
 def test_planted_bugs_are_found(tmp_path, bug):
     right, wrong, error = BUGS[bug]
@@ -364,17 +403,22 @@ def sanitized(tmp_path, sources, select):
              for name in ("libasan.so", "libubsan.so", "libstdc++.so")]  # fmt: skip
     environment = os.environ | {
         SANITIZED: str(path), "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "CUDA_VISIBLE_DEVICES": "",  # CUDA does not start under AddressSanitizer, which takes the addresses it wants
     }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", str(__file__), "-k", select]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.host
+@NEEDS_GXX
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_under_sanitizers(tmp_path):
     done = sanitized(tmp_path, SOURCES, "order0 and float32 or list_holds")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+@pytest.mark.host
+@NEEDS_GXX
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_sanitizers_see_an_entry_too_far(tmp_path):
     right, wrong, _ = BUGS["an entry too far"]
@@ -382,6 +426,7 @@ def test_sanitizers_see_an_entry_too_far(tmp_path):
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr + done.stdout
 
 
+@pytest.mark.host
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc: nothing is compiled for a GPU")
 @pytest.mark.skipif("triton" not in available_backends("cuda"), reason="NVIDIA's disassembler comes with Triton")
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")

@@ -1,27 +1,25 @@
 """Contract under test: backend "triton" gives the bits of the C++ kernel, for values, classes, losses and gradients.
 
 On a GPU where there is one; else in Triton's interpreter, which runs the same kernels, one program after another, on
-CPU tensors. The cases are those of test_backends.py, fewer of them in the interpreter, which takes a second a row.
+CPU tensors. The kinds of scores are those of test_backends.py. The interpreter takes a second a row, so it gets few rows
+of many shapes; a GPU compiles each shape for a second or more, so it gets few shapes, each with every kind of scores.
 """
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from test_backends import (
-    EPSILONS,
+from cases import (
     KINDS,
     KNOWN,
     KNOWN_IDS,
-    SEEDS,
     assert_same,
     dense_oracle,
     equal_scores_under_a_mask,
@@ -30,6 +28,7 @@ from test_backends import (
     randn,
     scores_of,
 )
+from conftest import BACKENDS
 
 from topk_fast import BalNoisedTopK, available_backends, backends, noise
 from topk_fast.functional import (
@@ -52,26 +51,46 @@ INF, NAN = float("inf"), float("nan")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def shapes(sampler):
-    """(L, k, n_sample, dtype): on a GPU from a short list, for every shape is compiled anew, some seconds for each; in
-    the interpreter sizes that it does in a second or two; test_shapes has single larger ones."""
+class Shape(NamedTuple):
+    """What decides which kernels a call compiles."""
+
+    sampler: str
+    n_classes: int
+    k: int
+    n_sample: int
+    dtype: torch.dtype
+    parts: int = 1  # programs a row in the first launch; the launcher's own choice is by shape
+    what: str = "balanced"  # the loss, where there is one
+
+
+GPU_SHAPES = [
+    Shape("dense", 15, 6, 5, BF16, what="value"),
+    Shape("dense", 65, 6, 4, F32, what="imbalanced"),
+    Shape("dense", 300, 130, 33, F16),
+    Shape("thinned", 257, 21, 9, BF16),
+    Shape("thinned", 1001, 6, 5, F32, what="imbalanced"),
+    Shape("thinned", 4097, 11, 16, F16, 2),
+    Shape("thinned", 20_011, 6, 5, BF16, 4, what="value"),
+    Shape("thinned", 200_001, 6, 10, F32, 4),
+]
+NUMBERS = range(len(GPU_SHAPES) if ON_GPU else 5)
+
+
+def drawn(draw, number):
+    """On a GPU the shape of that number; in the interpreter any that it does in a second or two."""
     if ON_GPU:
-        return st.sampled_from([
-            (2, 1, 1, F32), (15, 6, 5, BF16), (65, 6, 4, F32), (100, 6, 10, F16), (257, 21, 9, BF16), (300, 130, 33, F32),
-            (513, 2, 70, F16), (1000, 6, 5, F32), (1000, 6, 10, BF16), (2049, 101, 8, F32), (4097, 11, 16, F16),
-            (20_011, 6, 5, BF16), (200_001, 6, 10, F32),
-        ])  # fmt: skip
-    short = st.one_of(st.integers(2, 300), st.sampled_from([15, 16, 17, 63, 64, 65, 129, 255, 513, 1000, 2049]))
-    return st.tuples(
-        st.integers(2, 150) if sampler == "dense" else short, st.sampled_from([1, 2, 6, 6, 11, 21]),
-        st.sampled_from([1, 4, 5, 8, 9]), st.sampled_from([F32, BF16, F16]),
+        return GPU_SHAPES[number]
+    sampler = draw.choice(["thinned", "thinned", "dense"])
+    short = draw.choice([draw.randint(2, 300), draw.choice([15, 16, 17, 63, 64, 65, 129, 255, 513, 1000, 2049])])
+    return Shape(
+        sampler, draw.randint(2, 150) if sampler == "dense" else short, draw.choice([1, 2, 6, 6, 11, 21]),
+        draw.choice([1, 4, 5, 8, 9]), draw.choice([F32, BF16, F16]), draw.choice([1, 1, 2, 4]),
+        draw.choice(["value", "balanced", "imbalanced"]),
     )  # fmt: skip
 
 
-EXAMPLES = 40 if ON_GPU else 5
-SEARCH = dict(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
-SEARCH["suppress_health_check"] = list(HealthCheck)
-PARTS = st.sampled_from([1, 1, 2, 4])  # programs a row in the first launch; the launcher's own choice is by shape
+def seed_and_epsilon(draw):
+    return draw.randint(-(2**63), 2**63 - 1), draw.choice([0.0, 0.01, 0.2, 1.0, 5.0])
 
 
 @pytest.fixture(autouse=True)
@@ -121,48 +140,45 @@ def test_known_answers(case, name):
     assert (values[0].view(torch.int32).to(torch.int64) & 0xFFFFFFFF).tolist() == case[name]["value_bits"]
 
 
+@pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(**SEARCH)
-@given(data=st.data())
-def test_candidates(kind, data):
-    name = data.draw(st.sampled_from(["thinned", "thinned", "dense"]), "sampler")
-    n_classes, k, n_sample, dtype = data.draw(shapes(name), "shape")
-    scores = scores_of(kind, dtype, data.draw(st.integers(1, 2)), n_classes, data.draw(st.integers(0, 2**31)))
-    with pytest.MonkeyPatch.context() as patch:
-        parts = data.draw(PARTS, "parts")
-        patch.setattr(launch, "row_parts", lambda *shape: parts)
-        check(
-            noised_topk_candidates, scores, k, data.draw(EPSILONS, "epsilon"), n_sample,
-            seed=data.draw(SEEDS, "seed"), first_row=data.draw(st.sampled_from([0, 5, 2**31]), "first_row"),
-            first_class=data.draw(st.sampled_from([0, 1000, 2**30]), "first_class"), sampler=name,
-        )  # fmt: skip
+def test_candidates(monkeypatch, kind, number):
+    draw = random.Random(f"candidates {kind} {number}")
+    shape = drawn(draw, number)
+    scores = scores_of(kind, shape.dtype, draw.randint(1, 2), shape.n_classes, draw.randint(0, 2**31))
+    seed, epsilon = seed_and_epsilon(draw)
+    monkeypatch.setattr(launch, "row_parts", lambda *_: shape.parts)
+    check(
+        noised_topk_candidates, scores, shape.k, epsilon, shape.n_sample, seed=seed, sampler=shape.sampler,
+        first_row=draw.choice([0, 5, 2**31 - 9 if ON_GPU else 2**31]), first_class=draw.choice([0, 1000, 2**30]),
+    )  # fmt: skip
 
 
+@pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(**SEARCH)
-@given(data=st.data())
-def test_losses_and_gradients(kind, data):
-    name = data.draw(st.sampled_from(["thinned", "thinned", "dense"]), "sampler")
-    n_classes, k, n_sample, dtype = data.draw(shapes(name), "shape")
-    n_rows, k = data.draw(st.integers(1, 3), "n_rows"), min(k, n_classes - 1)
-    data_seed = data.draw(st.integers(0, 2**31), "data_seed")
-    scores = scores_of(kind, dtype, n_rows, n_classes, data_seed)
+def test_losses_and_gradients(monkeypatch, kind, number):
+    draw = random.Random(f"losses {kind} {number}")
+    shape = drawn(draw, number)
+    n_rows, n_classes, data_seed = draw.randint(1, 3), shape.n_classes, draw.randint(0, 2**31)
+    k = min(shape.k, n_classes - 1)
+    scores = scores_of(kind, shape.dtype, n_rows, n_classes, data_seed)
     generator = torch.Generator().manual_seed(data_seed)
     target = torch.randint(n_classes, (n_rows,), generator=generator)
     target[torch.rand(n_rows, generator=generator) < 0.2] = -100
     margins = torch.rand(n_classes, generator=generator)
     grad = torch.randn(n_rows, generator=generator)
-    if data.draw(st.booleans(), "coarse_grad"):
+    if draw.random() < 0.5:
         grad = grad.sign()  # counts show as they are
-    what, epsilon = data.draw(st.sampled_from(["value", "balanced", "imbalanced"]), "what"), data.draw(EPSILONS)
-    more = dict(grad=grad, seed=data.draw(SEEDS, "seed"), sampler=name)
-    if what == "value":
-        check(noised_topk, scores, k, epsilon, n_sample, **more)
-    elif what == "balanced":
-        check(bal_noised_topk_loss, scores, target, k, epsilon, n_sample, reduction="none", **more)
+    seed, epsilon = seed_and_epsilon(draw)
+    more = dict(grad=grad, seed=seed, sampler=shape.sampler)
+    monkeypatch.setattr(launch, "row_parts", lambda *_: shape.parts)
+    if shape.what == "value":
+        check(noised_topk, scores, k, epsilon, shape.n_sample, **more)
+    elif shape.what == "balanced":
+        check(bal_noised_topk_loss, scores, target, k, epsilon, shape.n_sample, reduction="none", **more)
     else:
-        scale = data.draw(st.sampled_from([1.0, 50.0, 0.3]), "scale")
-        check(imbal_noised_topk_loss, scores, target, k, margins, epsilon, scale, n_sample, reduction="none", **more)
+        args = (margins, epsilon, draw.choice([1.0, 50.0, 0.3]), shape.n_sample)
+        check(imbal_noised_topk_loss, scores, target, k, *args, reduction="none", **more)
 
 
 @pytest.mark.parametrize(
