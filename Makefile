@@ -72,8 +72,9 @@ format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format .
 	$(FORMAT_CPP) -i csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp
 
-# On a machine with a GPU: its tests, a sanitized run of the small ones, the benchmark; results in OUT.
+# On a machine with a GPU: its tests, a sanitized run of a few, the benchmarks; results in OUT.
 OUT ?= $(CURDIR)/out
+gpu: export TOPK_FAST_BUILD := require
 gpu: build
 	$(PYTHON) -c "import topk_fast as t; assert 'cuda' in t.available_backends('cuda'), t.build_info()['backends']['cuda']"
 	$(PYTHON) benchmarks/gpu.py $(ARGS)

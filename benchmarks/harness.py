@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,15 @@ import topk_fast
 from memory import attempt
 from topk_fast.functional import bal_noised_topk_loss
 
+try:
+    from tqdm import tqdm
+except ImportError:  # a GPU machine may have torch and little else: cases are printed without a bar
+
+    def tqdm(cases, unit):
+        return cases
+
+    tqdm.write = print
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SPECIES = ROOT / "data" / "species_logits.pt"
@@ -43,7 +53,9 @@ def environment(device: str) -> dict:
     """Hardware, threads, versions, commit (or $COMMIT), date and command: what a result is worth nothing without."""
 
     def said(command: str) -> str:
-        return subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        if shutil.which(command.split()[0]) is None:
+            return "unknown"
+        return subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
 
     cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     out = {"cpu": cpu.group(1) if cpu else platform.machine(), "threads": torch.get_num_threads()}

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import harness
 import memory
@@ -166,7 +165,7 @@ def main():
         memory.limit()
         path = harness.RESULTS / "linear_cpu.json"
     report = {"environment": harness.environment(DEVICE), "search": SEARCH, "cases": []}
-    for case in tqdm(CASES[:1] if arguments.quick else CASES, unit="case"):
+    for case in harness.tqdm(CASES[:1] if arguments.quick else CASES, unit="case"):
         check_equality(**case)
         repeats = 3 if arguments.quick else 30 if ON_GPU else max(5, 2_000_000 // case["L"])
         ms = measure(case, repeats)
@@ -175,7 +174,7 @@ def main():
         report["cases"].append(case | {"ms": ms, "peak_bytes": peaks})
         if not arguments.quick:
             harness.write(path, report)
-        tqdm.write(line(report["cases"][-1]))
+        harness.tqdm.write(line(report["cases"][-1]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import harness
 import memory
@@ -220,7 +219,7 @@ def main(argv: list[str] | None = None):
         whole = args.set == "full" and not args.peers
         path = path or (harness.RESULTS / "cpu.json" if whole else None)
     report["cases"] = []
-    for entry in tqdm(todo, unit="case"):
+    for entry in harness.tqdm(todo, unit="case"):
         if args.peers:
             entry = entry._replace(names=tuple(name for name in entry.names if name in args.peers))
         if args.device == "cuda":
@@ -234,7 +233,7 @@ def main(argv: list[str] | None = None):
         report["cases"].append(result)
         if path is not None:
             harness.write(path, report)
-        tqdm.write(line(result))
+        harness.tqdm.write(line(result))
 
 
 if __name__ == "__main__":

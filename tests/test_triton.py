@@ -467,6 +467,7 @@ def test_more_than_two_to_the_31_scores(backend):
 # What is compiled, without a GPU
 
 
+@pytest.mark.host
 def test_compiled_code_keeps_the_contract_and_its_budget():
     """sm_80, sm_90, gfx942: no fused or approximate step, on NVIDIA at most 128 registers and 1 KiB of stack."""
     tool = Path(__file__).parent.parent / "benchmarks" / "triton_static.py"
@@ -485,6 +486,7 @@ def test_compiled_code_keeps_the_contract_and_its_budget():
             assert kernel["stores_of_16_bytes"] > 0, kernel
 
 
+@pytest.mark.host
 def test_autotune_tries_all_its_settings():
     tools = Path(__file__).parent.parent / "benchmarks"
     code = (
@@ -538,6 +540,7 @@ def python(code):
     return done.stdout
 
 
+@pytest.mark.host
 def test_cpu_tensors_without_the_interpreter():
     code = (
         "import torch, topk_fast\n"
@@ -548,6 +551,7 @@ def test_cpu_tensors_without_the_interpreter():
     assert "runs on CUDA and HIP tensors (with TRITON_INTERPRET=1" in said and "got input on cpu" in said
 
 
+@pytest.mark.host
 def test_import_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -560,6 +564,7 @@ def test_import_without_triton():
     assert "backend 'triton' is not available: Triton is not installed; run `pip install triton`" in python(code)
 
 
+@pytest.mark.host
 def test_import_leaves_triton_alone():
     python("import sys, topk_fast; assert 'triton' not in sys.modules, 'imported before its first use'")
 

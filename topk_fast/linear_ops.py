@@ -185,12 +185,21 @@ class LinearLoss(Function):
         return of_rows, of_weight, of_bias, *[None] * 6
 
 
-@torch.compiler.disable(
-    reason="sparse_grad=True makes gradients whose number of rows depends on data, which no full graph can hold: use "
-    "sparse_grad=False, or compile the layers before the loss alone"
-)
 def apply_outside_of_graphs(*args):
+    """`LinearLoss` where torch.compile traces: the graph breaks before it, and a full graph raises with the reason."""
+    return torch.compiler.disable(_apply)(*args)
+
+
+def _apply(*args):
     return LinearLoss.apply(*args)
+
+
+# As the decorator torch.compiler.disable, which would import torch._dynamo, and Triton with it, at every import.
+apply_outside_of_graphs._torchdynamo_disable = True
+apply_outside_of_graphs._torchdynamo_disable_msg = (
+    "sparse_grad=True makes gradients whose number of rows depends on data, which no full graph can hold: use "
+    "sparse_grad=False, or compile only the layers before the loss"
+)
 
 
 class _Spread(Function):
