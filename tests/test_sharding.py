@@ -342,6 +342,9 @@ def fsdp_case(rank, world, sizes):
     same_batch = head.topk(randn(N, D, seed=10))[1]
     register_fsdp_forward_method(head, "topk")
     best = head.topk(x)[1]
+    assert repr(head) == f"FSDPLinearBalNoisedTopK(in_features={D}, n_classes={L}, k={K}, epsilon=0.5, seed=4)", repr(
+        head
+    )
     return loss.detach(), grad, best, outside, same_batch
 
 

@@ -46,7 +46,10 @@ class _Noised(Module):
     def extra_repr(self) -> str:
         """The arguments that have no default, and all others that are not at theirs."""
         shown = []
-        for name, argument in signature(type(self)).parameters.items():
+        _, *arguments = signature(
+            type(self).__init__
+        ).parameters.items()  # FSDP2 gives its classes a __new__ of any arguments
+        for name, argument in arguments:
             value = getattr(self, name, argument.default)
             if name == "bias":
                 value = value is not None
