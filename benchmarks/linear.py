@@ -15,6 +15,7 @@ timed the losses of the linear form are held to those of its logits, bit for bit
 
 import argparse
 import importlib.util
+import math
 import os
 from pathlib import Path
 
@@ -36,6 +37,7 @@ CASES = (
     if ON_GPU
     else [dict(N=256, D=128, L=100_000, dtype="float32"), dict(N=256, D=128, L=1_000_000, dtype="float32")]
 )
+CASE_SECONDS = 8 if ON_GPU else math.inf  # for the samples of a case; make gpu has little time for three of them
 SEARCH = dict(k=5, epsilon=1.0, n_sample=5)
 PLAIN, OURS, SPARSE = "linear + cross-entropy", "topk_fast", "topk_fast, sparse_grad"
 
@@ -123,7 +125,7 @@ def measure(case, repeats: int) -> dict:
         if memory.attempt(harness.timed, passes[name], DEVICE)[1] is None:  # the first run warms up and compiles
             fitting[name] = passes[name]
         step.drop()
-    samples, _ = harness.interleaved(fitting, DEVICE, repeats)
+    samples, _ = harness.interleaved(fitting, DEVICE, repeats, case_seconds=CASE_SECONDS)
     out = dict.fromkeys(passes, "out of memory")
     for name, rows in samples.items():
         forward, backward, update = zip(*rows)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -465,6 +466,68 @@ def test_an_environment_without_git_and_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     environment = harness.environment("cuda")
     assert (environment["commit"], environment["driver"], environment["device"]) == ("unknown", "unknown", "a GPU")
+
+
+TESTS_CUT_SHORT = """
+import time, pytest
+@pytest.mark.parametrize("number", range(3))
+def test_first(number):
+    assert number
+def test_last():
+    time.sleep(60)
+"""
+
+
+def test_tests_that_are_cut_short_report_what_they_found(tmp_path, capsys):
+    """pytest prints failures at its end only, which an interrupt lets it reach."""
+    (tmp_path / "test_slow.py").write_text(TESTS_CUT_SHORT)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "test_slow.py")]
+    (failed,) = gpu.run_all([gpu.Step("tests", 8, command)], tmp_path, 20)
+    assert failed.startswith("tests (cut short: 1 failed, 2 passed in ")
+    assert "assert 0" in (tmp_path / "gpu.log").read_text()
+    assert "cut short: 1 failed, 2 passed in " in capsys.readouterr().out
+
+
+def test_no_process_outlives_its_step(tmp_path, monkeypatch):
+    """Neither the step, which ignores an interrupt, nor the process that it started."""
+    monkeypatch.setattr(gpu, "LAST_WORDS", 1)
+    code = (
+        "import os, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print('pids', os.getpid(), child.pid, flush=True); time.sleep(60)"
+    )
+    assert gpu.run_all([gpu.Step("stubborn", 3, [sys.executable, "-c", code])], tmp_path, 20)
+    pids = re.search(r"^pids (\d+) (\d+)$", (tmp_path / "gpu.log").read_text(), re.MULTILINE).groups()
+    for pid in pids:
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"  # ended, nobody asked yet
+
+
+@pytest.mark.parametrize(
+    "output, expected",
+    [
+        ("..F\n2 failed, 7 passed, 1 skipped in 3.21s\n", "2 failed, 7 passed, 1 skipped in 3.21s"),
+        ("=== 1 error in 0.50s ===\nlater\n", "1 error in 0.50s"),
+        ("3 passed in 200.00s (0:03:20)\n", "3 passed in 200.00s"),
+        ("4 passed in 9.0s\n====== ERROR SUMMARY: 0 errors\n", "4 passed in 9.0s; ERROR SUMMARY: 0 errors"),
+        ("====== RACECHECK SUMMARY: 1 hazard displayed (1 error)\n", "RACECHECK SUMMARY: 1 hazard displayed (1 error)"),
+        ("nothing of the kind", ""),
+    ],
+)
+def test_summary_of_a_step(output, expected):
+    assert gpu.summary(output) == expected
+
+
+def test_the_sanitizers_get_few_cases_of_each_kind():
+    """On a GPU, where each of CUDA's tests runs once; here it runs in the model, in one order of threads or in three."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", *gpu.TESTS[1:], "-k", gpu.FEW]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    names = re.findall(r"::(\w+)", found)
+    assert {name: names.count(name) for name in names} == {
+        "test_more_contenders_than_a_list_holds": 1 + 2,  # with Triton, in one part and in four
+        "test_rows_that_several_blocks_collect": 1,
+        "test_losses_and_gradients": 3,
+    }
 
 
 ABSENT = (
