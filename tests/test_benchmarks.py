@@ -482,7 +482,7 @@ def test_tests_that_are_cut_short_report_what_they_found(tmp_path, capsys):
     """pytest prints failures at its end only, which an interrupt lets it reach."""
     (tmp_path / "test_slow.py").write_text(TESTS_CUT_SHORT)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "test_slow.py")]
-    (failed,) = gpu.run_all([gpu.Step("tests", 8, command)], tmp_path, 20)
+    (failed,) = gpu.run_all([gpu.Step("tests", 12, command)], tmp_path, 30)
     assert failed.startswith("tests (cut short: 1 failed, 2 passed in ")
     assert "assert 0" in (tmp_path / "gpu.log").read_text()
     assert "cut short: 1 failed, 2 passed in " in capsys.readouterr().out
