@@ -44,6 +44,7 @@ class Step(NamedTuple):
 def steps(which: str) -> list[Step]:
     """In the order of what is learnt from a step for its time; 480 seconds in all."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not host", "-rs"]
+    pytest += ["-vv", "-o", "faulthandler_timeout=60"]  # The log names a test that hangs, and says where it does.
     # Compiling for the device is most of the tests' time.
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     loss = [sys.executable, "benchmarks/loss.py", "--device", "cuda"]

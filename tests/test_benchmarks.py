@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -488,6 +489,14 @@ def test_tests_that_are_cut_short_report_what_they_found(tmp_path, capsys):
     assert "cut short: 1 failed, 2 passed in " in capsys.readouterr().out
 
 
+def lives(pid):
+    """Whether a process runs: it is there, and not one that ended and that nobody has asked for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_no_process_outlives_its_step(tmp_path, monkeypatch):
     """Neither the step, which ignores an interrupt, nor the process that it started."""
     monkeypatch.setattr(gpu, "LAST_WORDS", 1)
@@ -498,9 +507,11 @@ def test_no_process_outlives_its_step(tmp_path, monkeypatch):
     )
     assert gpu.run_all([gpu.Step("stubborn", 3, [sys.executable, "-c", code])], tmp_path, 20)
     pids = re.search(r"^pids (\d+) (\d+)$", (tmp_path / "gpu.log").read_text(), re.MULTILINE).groups()
-    for pid in pids:
-        state = Path(f"/proc/{pid}/stat")
-        assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"  # ended, nobody asked yet
+    for pid in pids:  # a kill is asked for, and takes its time
+        deadline = time.monotonic() + 20
+        while lives(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not lives(pid)
 
 
 @pytest.mark.parametrize(
