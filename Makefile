@@ -65,12 +65,12 @@ data/species_logits.pt: | build
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(FORMAT_CPP) --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp
+	$(FORMAT_CPP) --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*.cu tests/kernels/*.h tests/kernels/*.cpp
 
 format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(FORMAT_CPP) -i csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp
+	$(FORMAT_CPP) -i csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*.cu tests/kernels/*.h tests/kernels/*.cpp
 
 # On a machine with a GPU: its tests, a sanitized run of a few, the benchmarks; results in OUT.
 OUT ?= $(CURDIR)/out

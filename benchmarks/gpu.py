@@ -26,7 +26,7 @@ import torch
 
 import harness
 
-TESTS = ["tests/test_contract.py", "tests/test_cuda.py", "tests/test_triton.py"]
+TESTS = ["tests/contract/test_contract.py", "tests/kernels/test_cuda.py", "tests/kernels/test_triton.py"]
 # The sanitizers make kernels tens of times slower, so they get a few cases, together one of each kernel: lists that overflow,
 # in CUDA and in Triton; a row that several blocks collect; a warp for each row, with losses and gradients.
 FEW = "list_holds or (several_blocks and normal) or (test_cuda and losses_and_gradients and normal and float32 and 900)"

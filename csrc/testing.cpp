@@ -1,5 +1,5 @@
 // The contract's functions (noise.h) and the bounds (bounds.h) over arrays, for the tests: C functions of the binary
-// _C, called through ctypes (tests/contract_hooks.py), so that what is tested is what is installed.
+// _C, called through ctypes (tests/testing.py), so that what is tested is what is installed.
 #include "bounds.h"
 
 using namespace topk_fast;

@@ -4,7 +4,7 @@
 
 #include "../topk_cuda.h"
 
-#ifndef TOPK_FAST_LAUNCH  // tests/simt.h has its own
+#ifndef TOPK_FAST_LAUNCH  // tests/kernels/simt.h has its own
 #include <cuda_runtime.h>
 #define TOPK_FAST_LAUNCH(kernel, grid, size, shared, stream, ...) kernel<<<grid, size, shared, stream>>>(__VA_ARGS__)
 #define TOPK_FAST_SHARED(name)                    \

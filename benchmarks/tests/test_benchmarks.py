@@ -12,17 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # after the examples, whose modules have names of their own
-
-import gpu  # noqa: E402
-import harness  # noqa: E402
-import linear  # noqa: E402
-import loss  # noqa: E402
-import memory  # noqa: E402
-import tables  # noqa: E402
-from peers import PEERS, Case  # noqa: E402
-from topk_fast import BalNoisedTopK  # noqa: E402
+import gpu
+import harness
+import linear
+import loss
+import memory
+import tables
+from peers import PEERS, Case
+from testing import ROOT
+from topk_fast import BalNoisedTopK
 
 CASE = Case(64, 100, n_sample=5)
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")

@@ -4,24 +4,22 @@ Contract under test: topk_fast/noise.py; known_answers.json was made by two inde
 what a bound drops cannot matter, and a bound is not much wider than it must be.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
+from testing import KNOWN_ANSWERS, ContractHooks
 from topk_fast import available_backends, noise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KNOWN = json.loads((Path(__file__).parent / "known_answers.json").read_text())
+KNOWN = KNOWN_ANSWERS
 HAS_CPP = "cpp" in available_backends("cpu")
 TORCH, CPP = (pytest.param(form, marks=pytest.mark.host) for form in ("torch", "cpp"))
 TRITON = ["triton"] * ("triton" in available_backends(DEVICE))
 FORMS = [TORCH] + [CPP] * HAS_CPP + TRITON
 
 if HAS_CPP:
-    import contract_hooks
+    contract_hooks = ContractHooks()
 
 if TRITON:
     import triton

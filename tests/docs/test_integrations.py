@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import topk_fast
+from testing import ROOT
 from topk_fast import functional
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
 # torchvision's wheel for CUDA cannot load its kernels beside a CPU build of torch, and then fails at two of its own

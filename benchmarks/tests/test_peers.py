@@ -1,8 +1,6 @@
 """Contract under test: each peer is the formula of its docstring, found here another way; each gives a finite gradient."""
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ import torch.nn.functional as F
 
 for needed in ("pytopk", "difftopk", "entmax"):
     pytest.importorskip(needed, reason=f"{needed} is a peer that the package itself does not need")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import peers  # noqa: E402
 from peers import PEERS, Case  # noqa: E402

@@ -11,16 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from cases import KINDS, assert_same, scores_of
 
+from testing import KINDS, ROOT, assert_same, scores_of
 from topk_fast import available_backends, ops, reference
 from topk_fast.functional import noised_topk_candidates
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of topk_cuda.h's ScoreType
 CANDIDATES, SMOOTHED, LOSS = range(3)
@@ -50,7 +48,7 @@ class Gradient(ctypes.Structure):
 def compiled(out, sources=SOURCES, flags=("-O2",)):
     """The kernels, whose sources lie in a folder, as a library for this CPU."""
     command = ["g++", "-x", "c++", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror",
-               "-Wno-unused-parameter", *flags, "-include", str(ROOT / "tests" / "simt.h"),
+               "-Wno-unused-parameter", *flags, "-include", str(ROOT / "tests" / "kernels" / "simt.h"),
                str(sources / "topk_cuda.cu"), "-o", str(out)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,6 @@ import torch
 
 for needed in ("torchmetrics", "matplotlib", "fontTools", "PIL", "tqdm"):
     pytest.importorskip(needed, reason=f"the demo needs {needed}, which the package itself does not")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import demo  # noqa: E402
 import evaluation  # noqa: E402

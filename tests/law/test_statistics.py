@@ -10,9 +10,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS
 from scipy import integrate, stats
 
+from testing import BACKENDS
 from topk_fast import reference
 from topk_fast.functional import noised_topk, noised_topk_candidates
 

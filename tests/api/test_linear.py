@@ -7,11 +7,11 @@ the dense one. Gradients differ by the rounding of their sums.
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKENDS
 from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from testing import BACKENDS, NAN
 from topk_fast import LinearBalNoisedTopK, LinearImbalNoisedTopK, NormedLinear, linear_ops, ops
 from topk_fast import nn as nn_module
 from topk_fast.functional import (
@@ -23,7 +23,6 @@ from topk_fast.functional import (
 )
 
 N, D, L, K = 12, 16, 700, 5
-NAN = float("nan")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MARGINS = class_margins(range(1, L + 1), 0.5)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import find_cuda
+from testing import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADERS = ROOT / ".cache" / "headers"
 PINNED = "the installed torch"
 SOURCES = sorted(path.name for path in (ROOT / "csrc").glob("*.cpp"))

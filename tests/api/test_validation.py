@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS
 
+from testing import BACKENDS, INF, NAN
 from topk_fast import (
     BalNoisedTopK,
     ImbalNoisedTopK,
@@ -24,7 +24,6 @@ from topk_fast.functional import (
 )
 
 N, L, K = 4, 100, 5
-NAN, INF = float("nan"), float("inf")
 X = torch.randn(N, L, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(N)
 MARGINS = torch.linspace(0.1, 1.0, L)
@@ -494,7 +493,7 @@ NONSENSE = [  # for which modules, argument, error, message
 @pytest.mark.parametrize(
     "name, bad, error, message",
     [
-        pytest.param(name, bad, error, message, id=f"{name}: {bad}")
+        pytest.param(name, bad, error, message, id=f"{name}: {message}")
         for name, (_, kinds) in MODULES.items()
         for kind, bad, error, message in NONSENSE
         if kind in ("", *kinds)

@@ -11,17 +11,16 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from testing import ROOT
 from topk_fast import BalNoisedTopK, available_backends, backends, build_info, ops
 from topk_fast.functional import bal_noised_topk_loss, linear_noised_topk_loss, noised_topk
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["cpp", "cuda", "triton", "torch"]
 BUILD = "`pip install --no-build-isolation .` (or `python setup.py build_ext --inplace` in a checkout)"
 X, Y = torch.arange(18.0).view(2, 9), torch.tensor([3, 8])

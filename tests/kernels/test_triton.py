@@ -11,16 +11,19 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from cases import (
+
+from testing import (
+    BACKENDS,
     KINDS,
     KNOWN,
     KNOWN_IDS,
+    NAN,
+    ROOT,
     assert_same,
     dense_oracle,
     equal_scores_under_a_mask,
@@ -29,8 +32,6 @@ from cases import (
     randn,
     scores_of,
 )
-from conftest import BACKENDS
-
 from topk_fast import BalNoisedTopK, available_backends, backends, noise
 from topk_fast.functional import (
     bal_noised_topk_loss,
@@ -50,7 +51,6 @@ on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams, graphs and
 if "triton" in available_backends(DEVICE):
     from topk_fast.triton_kernels import launch
 ORACLE = BACKENDS[0]
-INF, NAN = float("inf"), float("nan")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -506,7 +506,7 @@ def test_more_than_two_to_the_31_scores(backend):
 @pytest.mark.host
 def test_compiled_code_keeps_the_contract_and_its_budget():
     """sm_80, sm_90, gfx942: no fused or approximate step, on NVIDIA at most 128 registers and 1 KiB of stack."""
-    tool = Path(__file__).parent.parent / "benchmarks" / "triton_static.py"
+    tool = ROOT / "benchmarks" / "triton_static.py"
     kernels = json.loads(
         python(f"import runpy, sys; sys.argv = ['', '--quick']; runpy.run_path({str(tool)!r}, run_name='__main__')")
     )
@@ -524,7 +524,7 @@ def test_compiled_code_keeps_the_contract_and_its_budget():
 
 @pytest.mark.host
 def test_autotune_tries_all_its_settings():
-    tools = Path(__file__).parent.parent / "benchmarks"
+    tools = ROOT / "benchmarks"
     code = (
         f"import os, sys; os.environ['TOPK_FAST_AUTOTUNE'] = '1'; sys.path.insert(0, {str(tools)!r})\n"
         "import triton_static as t\n"

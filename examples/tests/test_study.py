@@ -1,8 +1,6 @@
 """Contract under test: the study trains what its configuration says, measures what it names, and resumes."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +8,11 @@ import torch
 
 for needed in ("torchmetrics", "matplotlib", "fontTools", "PIL", "tqdm", "pytopk"):
     pytest.importorskip(needed, reason=f"the study needs {needed}, which the package itself does not")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
 
 import study  # noqa: E402
 import study_data  # noqa: E402
 from dataset import Dataset  # noqa: E402
+from testing import ROOT  # noqa: E402
 
 CONFIG = json.loads((ROOT / "examples" / "study.json").read_text())
 

@@ -9,10 +9,10 @@ import weakref
 
 import pytest
 import torch
-from conftest import BACKENDS
 from torch import nn
 from torch.nn import functional as F
 
+from testing import BACKENDS, INF, NAN, randn
 from topk_fast import (
     BalNoisedTopK,
     ImbalNoisedTopK,
@@ -32,7 +32,6 @@ from topk_fast.functional import (
 )
 
 N, L, K = 6, 300, 5
-INF, NAN = float("inf"), float("nan")
 MARGINS = torch.linspace(0.1, 1.0, L)
 
 # As function(scores, target, **options), so that one test serves all three.
@@ -55,10 +54,6 @@ def compiler():
     torch._dynamo.reset()
     yield CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def batch(n_rows=N, n_classes=L, seed=0):

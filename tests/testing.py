@@ -1,16 +1,24 @@
-"""What the tests of all backends share: kinds of scores, known answers, simple oracles, and the comparison of bits."""
+"""What all tests share: backends, kinds of scores, known answers, simple oracles, the comparison of bits, and the noise
+contract's functions in C++.
+"""
 
+import ctypes
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from topk_fast import noise, reference
+from topk_fast import available_backends, noise, reference
 
+ROOT = Path(__file__).resolve().parent.parent
+# Tests of all backends run on the fast ones. Triton's are in test_triton.py, because its interpreter takes a second a row.
+BACKENDS = [name for name in available_backends("cpu") if name != "triton"]
 INF, NAN = float("inf"), float("nan")
+KNOWN_ANSWERS = json.loads((ROOT / "tests" / "known_answers.json").read_text())
 KNOWN = [
     (case, name)
-    for case in json.loads((Path(__file__).parent / "known_answers.json").read_text())["row"]["cases"]
+    for case in KNOWN_ANSWERS["row"]["cases"]
     for name in ("thinned", "dense")
     if name in case  # long rows have no dense lists
 ]
@@ -49,6 +57,16 @@ def assert_same(given, expected, note=""):
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_with_closed_gates(n_rows, n_classes):
+    """Scores and true classes; every other true score is so high that its loss is 0."""
+    generator = torch.Generator().manual_seed(n_classes)
+    scores = torch.randn(n_rows, n_classes, generator=generator)
+    target = torch.randint(n_classes, (n_rows,), generator=generator)
+    # The scores of half of the true classes rise above the margin: closed gates too.
+    scores[torch.arange(n_rows), target] += torch.arange(n_rows) % 2 * 6.0
+    return scores, target
 
 
 KINDS = {
@@ -111,3 +129,45 @@ def equal_scores_under_a_mask(n_classes, k, finite):
     scores[0, torch.cat([heads, heads + 1])[:finite]] = 0.0
     assert rank <= finite, "the cut is one of the finite scores"
     return scores
+
+
+class ContractHooks:
+    """The contract's functions as csrc/testing.cpp exposes them, on NumPy arrays; the binary is the one that runs the ops."""
+
+    def __init__(self):
+        from topk_fast import _C  # here, because most tests also run where it is not built
+
+        self._library = ctypes.CDLL(_C.__file__)
+        bound = [ctypes.c_float, ctypes.c_double]  # the score to reach, and epsilon
+        self.normal = self._map("normal", np.uint32, np.float32)
+        self.gap = self._map("gap", np.uint32, np.int32)
+        self.ln = self._map("ln", np.float32, np.float32)
+        self.upper_quantile = self._map("upper_quantile", np.float32, np.float32)
+        self.hazard_quantile = self._map("hazard_quantile", np.float32, np.float32)
+        self.word_bound = self._map("word_bound", np.float32, np.int32, bound)
+        self.time_bound = self._map("time_bound", np.float32, np.float32, bound)
+
+    def _map(self, name, takes, returns, more=()):
+        """The hook of a function of one array, and of the numbers whose ctypes are in ``more``."""
+        hook = self._library[f"topk_fast_{name}"]
+        hook.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, *more]
+        hook.restype = None
+
+        def call(x, *numbers):
+            x = np.ascontiguousarray(x, takes)
+            out = np.empty(x.shape, returns)
+            hook(x.ctypes.data, x.size, out.ctypes.data, *numbers)
+            return out
+
+        return call
+
+    def philox(self, *counter_and_key):
+        out = (ctypes.c_uint32 * 4)()
+        self._library.topk_fast_philox((ctypes.c_uint32 * 6)(*counter_and_key), out)
+        return tuple(out)
+
+    def plan(self, n_classes, k):
+        out = (ctypes.c_int64 * 4)()
+        self._library.topk_fast_plan(ctypes.c_int64(n_classes), ctypes.c_int64(k), out)
+        every_class, *numbers = out
+        return None if every_class else tuple(numbers)

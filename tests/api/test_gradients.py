@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import BACKENDS
 from torch.autograd import gradcheck, gradgradcheck
 
+from testing import BACKENDS
 from topk_fast import reference
 from topk_fast.functional import (
     bal_noised_topk_loss,

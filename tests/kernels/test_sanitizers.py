@@ -2,18 +2,18 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from testing import ROOT
+
 FLAGS = "-O1 -std=c++17 -w -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ and its sanitizers")
 def test_random_requests(tmp_path):
-    sources = [*sorted((ROOT / "csrc").glob("topk_cpu_*.cpp")), ROOT / "tests" / "search_fuzz.cpp"]
+    sources = [*sorted((ROOT / "csrc").glob("topk_cpu_*.cpp")), ROOT / "tests" / "kernels" / "search_fuzz.cpp"]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
     for source, target in zip(sources, objects):
         subprocess.run(["g++", *FLAGS, *SANITIZE, f"-I{ROOT / 'csrc'}", "-c", source, "-o", target], check=True)

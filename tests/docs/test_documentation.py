@@ -4,14 +4,13 @@ import doctest
 import importlib
 import re
 import socket
-from pathlib import Path
 
 import pytest
 
+import tables
 import topk_fast
+from testing import ROOT
 from topk_fast import backends, functional, linear, nn, noise
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("module", [topk_fast, backends, functional, linear, nn, noise], ids=lambda m: m.__name__)
@@ -33,13 +32,7 @@ def test_python_blocks_run(page, monkeypatch):
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.fixture
-def tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("tables")
-
-
-def test_tables_are_made_from_the_committed_results(tables):
+def test_tables_are_made_from_the_committed_results():
     shown = []
     for page in tables.PAGES:
         text = (ROOT / page).read_text()
@@ -48,7 +41,7 @@ def test_tables_are_made_from_the_committed_results(tables):
     assert sorted(shown) == sorted(tables.TABLES)
 
 
-def test_plots_are_made_from_the_committed_results(tables, tmp_path):
+def test_plots_are_made_from_the_committed_results(tmp_path):
     plots = importlib.import_module("plots")
     pages = " ".join((ROOT / page).read_text() for page in tables.PAGES)
     for name, (_, results, _) in plots.PLOTS.items():

@@ -18,12 +18,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import stats
 
+from testing import BACKENDS
 from topk_fast import (
     BalNoisedTopK,
     ImbalNoisedTopK,
     LinearBalNoisedTopK,
     LinearImbalNoisedTopK,
-    available_backends,
     sharding,
 )
 from topk_fast.functional import bal_noised_topk_loss, imbal_noised_topk_loss, linear_noised_topk_loss, linear_topk
@@ -514,7 +514,6 @@ DTENSOR_ERRORS = (
     "input is a DTensor, which knows its process group: process_group must be None",
     "sparse_grad=True needs a plain weight, got a DTensor",
 )
-BACKENDS = [name for name in available_backends("cpu") if name != "triton"]
 CASES = {
     **{
         f"{name}, {sizes}, {dtype}, {backend}": (scores_case, sizes, name, dtype, "none", backend)

@@ -8,14 +8,13 @@ import copy
 import importlib
 import inspect
 import math
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS
 
 import topk_fast
+from testing import BACKENDS, batch_with_closed_gates
 from topk_fast import functional as ours
 from topk_fast import reference
 
@@ -60,15 +59,6 @@ SHAPES = [
 ]
 
 
-def batch(n_rows, n_classes):
-    generator = torch.Generator().manual_seed(n_classes)
-    scores = torch.randn(n_rows, n_classes, generator=generator)
-    target = torch.randint(n_classes, (n_rows,), generator=generator)
-    # The scores of half of the true classes rise above the margin: closed gates too.
-    scores[torch.arange(n_rows), target] += torch.arange(n_rows) % 2 * 6.0
-    return scores, target
-
-
 def value_and_gradient(function, scores):
     scores = scores.clone().requires_grad_()
     value = function(scores)
@@ -84,7 +74,7 @@ def close(actual, expected, tolerance):
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("n_rows, n_classes, k, n_sample", SHAPES)
 def test_balanced_loss_on_the_same_noise(n_rows, n_classes, k, n_sample, epsilon, backend):
-    scores, y = batch(n_rows, n_classes)
+    scores, y = batch_with_closed_gates(n_rows, n_classes)
     z = noise(n_rows, n_classes, n_sample)
     options = {"seed": SEED, "sampler": "dense", "backend": backend}
     expected = value_and_gradient(lambda s: theirs.bal_noised_topk_loss(s, y, k, epsilon, their_noised_topk, z), scores)
@@ -97,7 +87,7 @@ def test_balanced_loss_on_the_same_noise(n_rows, n_classes, k, n_sample, epsilon
 @pytest.mark.parametrize("epsilon, scale", [(0.0, 50), (0.01, 50), (0.1, 1), (1.0, 7.3)])
 @pytest.mark.parametrize("n_rows, n_classes, k, n_sample", SHAPES)
 def test_imbalanced_loss_on_the_same_noise(n_rows, n_classes, k, n_sample, epsilon, scale, backend):
-    scores, y = batch(n_rows, n_classes)
+    scores, y = batch_with_closed_gates(n_rows, n_classes)
     z = noise(n_rows, n_classes, n_sample)
     margins = ours.class_margins(range(1, n_classes + 1), 0.4)
     options = {"seed": SEED, "sampler": "dense", "backend": backend}
@@ -245,7 +235,7 @@ class TestUsage:
 
     def test_positional_arguments(self, package):
         pytopk = importlib.import_module(package)
-        scores, labels = batch(6, 3)
+        scores, labels = batch_with_closed_gates(6, 3)
         losses = [
             pytopk.BalNoisedTopK(*POSITIONAL["BalNoisedTopK"]),
             pytopk.ImbalNoisedTopK(*POSITIONAL["ImbalNoisedTopK"]),
@@ -275,7 +265,7 @@ class TestUsage:
     def test_fresh_noise_in_every_call_also_in_eval_mode(self, package):
         torch.manual_seed(0)
         criterion = importlib.import_module(package).BalNoisedTopK(5, 1.0).eval()
-        scores, labels = batch(4, 50)
+        scores, labels = batch_with_closed_gates(4, 50)
         assert len({criterion(scores, labels).item() for _ in range(10)}) > 1
         values = []
         for _ in range(2):
@@ -284,53 +274,10 @@ class TestUsage:
         assert values[0] == values[1], "torch.manual_seed fixes the noise"
 
 
-CALLS, COPIES = 400, 10  # calls, each with so many copies of the rows
-ERRORS = 5.0  # standard errors; a right mean is further off once in 1.7 million, and some 1200 means are compared
-LAWS = {
-    "NoisedTopK": (6, 1.0),
-    "BalNoisedTopK": (5, 1.0),
-    "ImbalNoisedTopK": (5, 0.5, 0.4, tuple(range(1, 101)), 10),
-}
-
-
-@cache
-def moments(package, name, arguments):
-    """Means and squared standard errors of value and gradient over many calls with noise of the package's own."""
-    torch.manual_seed(0)
-    module = getattr(importlib.import_module(package), name)(*arguments)
-    scores, target = batch(4, 100)
-    scores, target = scores.repeat(COPIES, 1).requires_grad_(), target.repeat(COPIES)
-    total, square = 0.0, 0.0
-    for _ in range(CALLS):
-        value = module(scores) if name == "NoisedTopK" else module(scores, target)
-        (gradient,) = torch.autograd.grad(value.mean(), scores)
-        sample = torch.cat([value.detach().mean().view(1), gradient.view(COPIES, -1).sum(0)])
-        total, square = total + sample.double(), square + sample.double() ** 2
-    mean = total / CALLS
-    return mean, (square / CALLS - mean**2).clamp(min=0.0) / CALLS
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_values_and_gradients_have_the_same_mean_on_own_noise(name):
-    mean, error = moments("pytopk", name, LAWS[name])
-    our_mean, our_error = moments("topk_fast", name, LAWS[name])
-    assert (error > 0).sum() > 75, "most of the gradient would be constant: nothing to compare"
-    # Entries that no call moves have no error, but the float32 rounding of either package.
-    off = (our_mean - mean).abs() / (ERRORS * (error + our_error).sqrt() + 16 * U)
-    assert off.max() <= 1.0, f"entry {int(off.argmax())}: {float(off.max() * ERRORS):.2f} standard errors"
-
-
-def test_a_mean_that_is_off_is_found():
-    """The power of the comparison above: noise 5 % too wide moves the mean loss by far more than its error."""
-    mean, error = moments("pytopk", "BalNoisedTopK", LAWS["BalNoisedTopK"])
-    our_mean, our_error = moments("topk_fast", "BalNoisedTopK", (5, 1.05))
-    assert abs(our_mean[0] - mean[0]) > 2 * ERRORS * (error[0] + our_error[0]).sqrt()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_is_shown_where_pytopk_hides_it(backend):
     """The one departure: the relu of a NaN is NaN here, and a NaN score is not taken for the largest."""
-    scores, target = batch(4, 50)
+    scores, target = batch_with_closed_gates(4, 50)
     scores[0, (target[0] + 1) % 50] = math.nan
     assert pytopk.BalNoisedTopK(5, 1.0)(scores, target).isfinite()
     assert topk_fast.BalNoisedTopK(5, 1.0, backend=backend)(scores, target).isnan()

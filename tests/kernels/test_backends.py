@@ -4,10 +4,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from testing import (
+    BACKENDS,
+    INF,
     KINDS,
     KNOWN,
     KNOWN_IDS,
+    NAN,
     assert_same,
     dense_oracle,
     equal_scores_under_a_mask,
@@ -16,10 +22,6 @@ from cases import (
     randn,
     scores_of,
 )
-from conftest import BACKENDS
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from topk_fast import ops, reference
 from topk_fast.functional import (
     bal_noised_topk_loss,
@@ -31,7 +33,6 @@ from topk_fast.functional import (
 if "cpp" in BACKENDS:
     from topk_fast import _C
 
-INF, NAN = float("inf"), float("nan")
 FORMS = [f"cpp:{isa}" for isa in _C.isas()] + ["torch"] if "cpp" in BACKENDS else ["torch"]
 NEEDS_CPP = pytest.mark.skipif(
     "cpp" not in BACKENDS, reason="two backends are compared and the C++ kernels are not built"
