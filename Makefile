@@ -30,34 +30,35 @@ help:
 build: $(ENVIRONMENT)
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
+# With pytest-xdist a worker for each core takes whole files, whose fixtures are then made once.
 test: build
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$($(PYTHON) -c "import xdist; print('-n auto --dist loadfile')" 2>/dev/null)
 
 demo: build
 	$(PYTHON) examples/demo.py $(ARGS)
 
 # Seven losses on four data sets: hours, and it goes on where it was interrupted.
 study: build
-	$(PYTHON) examples/study.py $(ARGS)
-	$(PYTHON) examples/study.py --collect benchmarks/results/study.json
+	$(PYTHON) -m benchmarks.study $(ARGS)
+	$(PYTHON) -m benchmarks.study --collect benchmarks/results/study.json
 	$(MAKE) tables
 
 # A quick look: micro-benchmarks and the goals; prints only. bench-full writes benchmarks/results, on an idle machine.
 bench: build
 	$(PYTHON) -m pytest benchmarks/test_micro.py --benchmark-enable --benchmark-columns=min,median,iqr,rounds
-	$(PYTHON) benchmarks/loss.py $(ARGS)
+	$(PYTHON) -m benchmarks.loss $(ARGS)
 
 # One commit for all of it: the first results make the tree dirty.
 bench-full: export COMMIT := $(shell git describe --always --dirty 2>/dev/null)
 bench-full: build data/species_logits.pt
-	$(PYTHON) benchmarks/loss.py --set full $(ARGS)
-	$(PYTHON) benchmarks/linear.py
-	$(PYTHON) benchmarks/gradient.py
+	$(PYTHON) -m benchmarks.loss --set full $(ARGS)
+	$(PYTHON) -m benchmarks.linear
+	$(PYTHON) -m benchmarks.gradient
 	$(MAKE) tables
 
 # Every table and plot of README and docs, from the JSON in benchmarks/results.
 tables: build
-	$(PYTHON) benchmarks/tables.py
+	$(PYTHON) -m benchmarks.tables
 
 data/species_logits.pt: | build
 	$(PYTHON) examples/all_species.py --losses cross-entropy --save-logits $@
@@ -65,19 +66,20 @@ data/species_logits.pt: | build
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(FORMAT_CPP) --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*.cu tests/kernels/*.h tests/kernels/*.cpp
+	$(PYTHON) -m mypy
+	$(FORMAT_CPP) --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.h tests/kernels/*.cpp
 
 format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(FORMAT_CPP) -i csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*.cu tests/kernels/*.h tests/kernels/*.cpp
+	$(FORMAT_CPP) -i csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.h tests/kernels/*.cpp
 
 # On a machine with a GPU: its tests, a sanitized run of a few, the benchmarks; results in OUT.
 OUT ?= $(CURDIR)/out
 gpu: export TOPK_FAST_BUILD := require
 gpu: build
 	$(PYTHON) -c "import topk_fast as t; assert 'cuda' in t.available_backends('cuda'), t.build_info()['backends']['cuda']"
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # A source distribution, and from it a wheel for every Python from 3.10 on and every torch from 2.11 on; in dist/.
 wheel: export TOPK_FAST_BUILD := require

@@ -27,16 +27,26 @@ def make_extensions(torch):
 
     common = dict(
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-        depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h")),
+        depends=sorted(glob("csrc/*.h") + glob("csrc/*/*.h")),
         py_limited_api=True,
     )
     # One rounding an operation on every machine (csrc/noise.h): no contraction, no -march=native.
-    flags = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-             "-fvisibility=hidden",
-             # g++ 12 sees both in headers that are not ours (its own intrinsics, torch)
-             "-Wno-maybe-uninitialized", "-Wno-unused-parameter"]  # fmt: skip
-    cuda = ["csrc/topk_cuda.cu", "csrc/topk_cuda_binding.cpp"]
-    cpp = sorted(set(glob("csrc/*.cpp")) - set(cuda))
+    flags = [
+        "-O3",
+        "-g0",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        # g++ 12 sees both in headers that are not ours (its own intrinsics, torch)
+        "-Wno-maybe-uninitialized",
+        "-Wno-unused-parameter",
+    ]
+    cuda = ["csrc/cuda/kernels.cu", "csrc/cuda/binding.cpp"]
+    cpp = ["csrc/testing.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     here = os.path.abspath("csrc")
     extensions = [
         cpp_extension.CppExtension("topk_fast._C", cpp, include_dirs=[here], extra_compile_args=flags, **common)

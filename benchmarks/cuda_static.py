@@ -1,10 +1,10 @@
-"""What the CUDA kernels compile to, without a GPU: registers, spills, 16-byte loads, forbidden steps; floors of a step.
+"""Inspects the compiled CUDA kernels without a GPU, and computes times below which no step can be.
 
-Budget: 128 registers a thread (four blocks of 128 threads a multiprocessor at least), no spills, no fused or approximate
-step in PTX, 16-byte loads of scores and stores of gradients.
+The budget of a kernel is 128 registers a thread, so that a multiprocessor has at least four blocks of 128 threads, no
+spills, no fused or approximate step in PTX, 16-byte loads of scores and 16-byte stores of gradients.
 
-    python benchmarks/cuda_static.py            # prints a table, writes results/cuda_static.json; needs nvcc
-    python benchmarks/cuda_static.py --quick    # prints the kernels' facts as JSON; what the tests read
+    python -m benchmarks.cuda_static            # prints a table, writes results/cuda_static.json; needs nvcc
+    python -m benchmarks.cuda_static --quick    # prints the kernels' facts as JSON, which the tests read
 """
 
 import argparse
@@ -12,20 +12,20 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE, RESULT = ROOT / "csrc" / "topk_cuda.cu", ROOT / "benchmarks" / "results" / "cuda_static.json"
+from benchmarks import RESULTS, ROOT
+from examples.machine import stamp
+
+SOURCE, RESULT = ROOT / "csrc" / "cuda" / "kernels.cu", RESULTS / "cuda_static.json"
 FLAGS = ["-O3", "-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}"]
 TARGETS = ("sm_80", "sm_90")
 REGISTERS = 128
 
-# One stage for EACH elements of a thread: what grows with EACH is its cost.
+# Each probe runs one stage for EACH elements of a thread; the growth of its instructions with EACH is the stage's cost.
 PROBES = """
-#include "topk_cuda.cu"
+#include "cuda/kernels.cu"
 using namespace topk_fast;
 template <class T, int EACH>
 __global__ void probe_stream(const uint4* x, float cut, int* out) {
@@ -45,16 +45,16 @@ __global__ void probe_words(const uint32_t* x, const int* bound, unsigned* out, 
   }
   out[threadIdx.x] = passed;
 }
-template <int EACH>
-__global__ void probe_normal(const int32_t* x, float* out) {
+template <class L, int EACH>
+__global__ void probe_draw(const int32_t* x, float* out) {
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) out[i * blockDim.x] = normal<Scalar>(x[i * blockDim.x]);
+  for (int i = 0; i < EACH; ++i) out[i * blockDim.x] = L::template draw<Scalar>(x[i * blockDim.x]);
 }
-template <int EACH>
+template <class L, int EACH>
 __global__ void probe_arrival(const int64_t* x, const int32_t* w, float inverse, float* out, int32_t* gaps) {
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
-    out[i] = hazard_quantile<Scalar>(arrival_time(x[i], inverse));
+    out[i] = L::template level<Scalar>(arrival_time(x[i], inverse));
     gaps[i] = gap<Scalar>(w[i]);
   }
 }
@@ -64,15 +64,19 @@ template __global__ void probe_stream<BFloat16, 2>(const uint4*, float, int*);
 template __global__ void probe_stream<BFloat16, 4>(const uint4*, float, int*);
 template __global__ void probe_words<2>(const uint32_t*, const int*, unsigned*, uint32_t, uint32_t);
 template __global__ void probe_words<4>(const uint32_t*, const int*, unsigned*, uint32_t, uint32_t);
-template __global__ void probe_normal<2>(const int32_t*, float*);
-template __global__ void probe_normal<4>(const int32_t*, float*);
-template __global__ void probe_arrival<2>(const int64_t*, const int32_t*, float, float*, int32_t*);
-template __global__ void probe_arrival<4>(const int64_t*, const int32_t*, float, float*, int32_t*);
+template __global__ void probe_draw<NormalLaw, 2>(const int32_t*, float*);
+template __global__ void probe_draw<NormalLaw, 4>(const int32_t*, float*);
+template __global__ void probe_draw<GumbelLaw, 2>(const int32_t*, float*);
+template __global__ void probe_draw<GumbelLaw, 4>(const int32_t*, float*);
+template __global__ void probe_arrival<NormalLaw, 2>(const int64_t*, const int32_t*, float, float*, int32_t*);
+template __global__ void probe_arrival<NormalLaw, 4>(const int64_t*, const int32_t*, float, float*, int32_t*);
+template __global__ void probe_arrival<GumbelLaw, 2>(const int64_t*, const int32_t*, float, float*, int32_t*);
+template __global__ void probe_arrival<GumbelLaw, 4>(const int64_t*, const int32_t*, float, float*, int32_t*);
 """
 
 
 def tools() -> Path:
-    """NVIDIA's disassembler; it comes with Triton."""
+    """The folder of NVIDIA's disassembler, which comes with Triton."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -99,13 +103,11 @@ def machine_code(cubin: Path) -> dict[str, list[str]]:
 
 
 def readable(mangled: str) -> str:
-    """`search_kernel BFloat16 128` for a mangled name."""
+    """`search_kernel BFloat16 NormalLaw 128` for a mangled name."""
     name = re.search(r"(search_kernel|collect_kernel|gradient_kernel|probe_[a-z]+)I(\w*?)E?E[vE]", mangled)
-    kinds = {"BFloat16": "BFloat16", "4Half": "Half"}
-    found = next((v for k, v in kinds.items() if k in name.group(2)), None)
-    found = found or {"f": "float", "d": "double"}.get(name.group(2)[0], "")
-    numbers = re.findall(r"Li(\d+)", name.group(2))
-    return " ".join(filter(None, [name.group(1), found, *numbers]))
+    found = re.findall(r"BFloat16|Half|NormalLaw|GumbelLaw|(?<=Li)\d+", name.group(2))
+    number = {"f": "float", "d": "double"}.get(name.group(2)[0])
+    return " ".join(filter(None, [name.group(1), number, *found]))
 
 
 def kernels(target: str, folder: Path) -> list[dict]:
@@ -120,17 +122,19 @@ def kernels(target: str, folder: Path) -> list[dict]:
         number = lambda pattern, part=part: int(re.search(pattern, part).group(1))  # noqa: E731
         name = readable(part.split("'")[0])
         ops = code[name]
-        out.append({
-            "target": target,
-            "kernel": name,
-            "registers": number(r"Used (\d+) registers"),
-            "stack_bytes": number(r"(\d+) bytes stack frame"),
-            "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-            "instructions": len(ops),
-            "loads_of_16_bytes": sum(bool(re.match(r"LDG?\.E.*\.128", op)) for op in ops),
-            "stores_of_16_bytes": sum(bool(re.match(r"STG?\.E.*\.128", op)) for op in ops),
-            "forbidden": sorted(forbidden),
-        })  # fmt: skip
+        out.append(
+            {
+                "target": target,
+                "kernel": name,
+                "registers": number(r"Used (\d+) registers"),
+                "stack_bytes": number(r"(\d+) bytes stack frame"),
+                "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+                "instructions": len(ops),
+                "loads_of_16_bytes": sum(bool(re.match(r"LDG?\.E.*\.128", op)) for op in ops),
+                "stores_of_16_bytes": sum(bool(re.match(r"STG?\.E.*\.128", op)) for op in ops),
+                "forbidden": sorted(forbidden),
+            }
+        )
     return out
 
 
@@ -150,17 +154,19 @@ def stage_costs(folder: Path) -> dict[str, float]:
         "stream_float32": growth("probe_stream float") / 4,
         "stream_bfloat16": growth("probe_stream BFloat16") / 8,
         "words": growth("probe_words"),  # four draws
-        "normal": growth("probe_normal"),
-        "arrival": growth("probe_arrival"),  # level and gap, without its word
+        "normal": growth("probe_draw NormalLaw"),
+        "gumbel": growth("probe_draw GumbelLaw"),
+        "arrival": growth("probe_arrival NormalLaw"),  # level and gap, without its word
+        "gumbel_arrival": growth("probe_arrival GumbelLaw"),
     }
 
 
 def prediction(costs: dict, n, length, k, n_sample, epsilon, itemsize) -> dict:
     """Floors of a step on an H100: bytes at 3.0e12 a second, counted instructions at one a cycle and scheduler.
 
-    Counted are stream, words, normals and arrivals; not counted are bounds, lists, selection, the cut, and what waits.
+    The count has stream, words, normals and arrivals; it lacks bounds, lists, selection, the cut, and waiting.
     """
-    from triton_static import floors, work
+    from benchmarks.triton_static import floors, work
 
     counts = work(length, k, n_sample, epsilon)
     per_row = (
@@ -174,17 +180,17 @@ def prediction(costs: dict, n, length, k, n_sample, epsilon, itemsize) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the kernels' facts alone, as JSON")
+    parser.add_argument("--quick", action="store_true", help="print only the kernels' facts, as JSON")
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
-        raise SystemExit("benchmarks/cuda_static.py needs nvcc on the PATH")
+        raise SystemExit("benchmarks.cuda_static needs nvcc on the PATH")
     with tempfile.TemporaryDirectory() as folder:
         facts = [row for target in TARGETS for row in kernels(target, Path(folder))]
         if arguments.quick:
             print(json.dumps(facts, indent=1))
             return
         costs = stage_costs(Path(folder))
-    from triton_static import PREDICTED
+    from benchmarks.triton_static import PREDICTED
 
     floors = [prediction(costs, *case) for case in PREDICTED]
     columns = [c for c in facts[0] if c != "forbidden"]
@@ -194,12 +200,9 @@ def main():
     print("instructions of a thread:", costs)
     for row in floors:
         print({name: round(value, 3) for name, value in row.items()})
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     environment = {
         "nvcc": re.search(r"release ([\d.]+)", run("nvcc", "--version")).group(1),
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(sys.argv),
+        **stamp(),
         "note": "compiled and counted, not run: no GPU took part",
     }
     result = {"environment": environment, "instructions_of_a_thread": costs, "floors": floors, "kernels": facts}

@@ -1,12 +1,13 @@
-"""How good the gradient is: its variance and bias against B, what a second buys against pytopk, and gradcheck's figures.
+"""The quality of the gradient: variance and bias against B, the time that they cost beside pytopk, gradcheck's errors.
 
-The loss of one row is a random variable, and so is its gradient g. As B grows g tends to [a > 0] (p - e_y), with
-a = 1 + E v - s_y and p_j the probability that class j is the (K+1)-th; both are found here from a million samples. For
-finite B, g is unbiased where the hinge is never shut, with variance (1 - sum_j p_j^2) / B (summed over classes); near a = 0
-the mean over B decides whether the hinge is open, which biases g. Repetitions are equal rows, whose noise differs.
+The loss of one row is a random variable, and so is its gradient g. As B grows, g tends to [a > 0] (p - e_y), where
+a = 1 + E v - s_y, and p_j is the probability that class j is the (K+1)-th; both are estimated here from a million
+samples. For finite B, g is unbiased where the hinge is always active, and its variance, summed over the classes, is
+(1 - sum_j p_j^2) / B. Near a = 0 the mean over B decides whether the hinge is active, which biases g. Repetitions are
+equal rows with different noise.
 
-    python benchmarks/gradient.py            # results/gradient.json
-    python benchmarks/gradient.py --quick    # fewer samples; prints only
+    python -m benchmarks.gradient            # results/gradient.json
+    python -m benchmarks.gradient --quick    # fewer samples; prints only
 """
 
 import argparse
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import harness
+from benchmarks import RESULTS, harness
+from examples.machine import environment
 from topk_fast import functional
 
 K, EPSILON = 5, 1.0
@@ -26,19 +28,19 @@ SAMPLES = (1, 2, 5, 10, 20, 50, 100)
 LENGTH = 100
 ROWS = {"far": 4.0, "near": 0.3, "kink": 0.0}  # a of the three rows
 TIMED = [(128, 1000), (64, 10_000), (32, 100_000)]
-PYTOPK_ENTRIES = 2**28  # of noise, beyond which a step of pytopk takes minutes and gigabytes
+PYTOPK_ENTRIES = 2**28  # of noise; beyond them, a step of pytopk takes minutes and gigabytes
 EXACT, REPETITIONS = 1_000_000, 40_000
 
 
 def row(length: int, true: float) -> tuple[Tensor, Tensor]:
-    """N(0, 1) scores [1, length] whose class 0 is the true one and scores `true`."""
+    """N(0, 1) scores [1, length], of which class 0 is the true class and has the score `true`."""
     scores = torch.randn(1, length, generator=torch.Generator().manual_seed(0))
     scores[0, 0] = true
     return scores, torch.zeros(1, dtype=torch.long)
 
 
 def exact(scores: Tensor, samples: int, seed: int) -> tuple[Tensor, float, float]:
-    """p [L], E v and the standard deviation of v, from `samples` samples of a row's noised top-(K+1)."""
+    """p [L], E v and the standard deviation of v, estimated from `samples` samples of a row's noised top-(K+1)."""
     rows, per_row = max(1, samples // 100), min(samples, 100)
     values, classes = functional.noised_topk_candidates(
         scores.expand(rows, -1), K + 1, EPSILON, per_row, seed=seed, sampler="dense"
@@ -49,7 +51,10 @@ def exact(scores: Tensor, samples: int, seed: int) -> tuple[Tensor, float, float
 
 
 def true_score(activation: float, samples: int) -> float:
-    """The true class's score that makes 1 + E v - s_y what is asked for, by fixed-point steps: v depends little on s_y."""
+    """The true class's score for which 1 + E v - s_y is `activation`.
+
+    Fixed-point steps converge, since v depends little on s_y.
+    """
     true = 2.0
     for _ in range(8):
         true = 1 - activation + exact(row(LENGTH, true)[0], samples, seed=0)[1]
@@ -57,7 +62,7 @@ def true_score(activation: float, samples: int) -> float:
 
 
 def gradients(scores: Tensor, target: Tensor, n_sample: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
-    """Gradients of as many losses of one row with noises of their own, [repetitions, L], and the share that is not 0."""
+    """Gradients [repetitions, L] of one row's loss under independent noise, and the share of losses above 0."""
     leaf = scores.repeat(repetitions, 1).requires_grad_()
     loss = functional.bal_noised_topk_loss(
         leaf, target.expand(repetitions), K, EPSILON, n_sample, seed=seed, reduction="none"
@@ -67,15 +72,15 @@ def gradients(scores: Tensor, target: Tensor, n_sample: int, repetitions: int, s
 
 
 def moments(g: Tensor, limit: Tensor, excess: float) -> dict:
-    """Variance summed over classes; squared length of the bias, less what chance adds to it, with its standard error.
+    """Variance summed over classes; an unbiased estimate of the bias's squared length, with its standard error.
 
-    excess: what the error of `limit` itself adds.
+    excess: the share of that squared length which comes from the error of `limit` itself.
     """
     centred = g - g.mean(0)
     lengths = centred.square().sum(1)
     variance = lengths.sum().item() / (len(g) - 1)
-    # |mean g - limit|^2 exceeds the bias's square by variance / repetitions on average; the halves are independent, so
-    # the product of their deviations is free of that excess.
+    # On average, |mean g - limit|^2 exceeds the bias's square by variance / repetitions. The halves are independent, so
+    # the product of their deviations does not.
     halves = [half.mean(0) - limit for half in g.chunk(2)]
     product = torch.dot(*halves).item() - excess
     covariance, bias = centred.T @ centred / (len(g) - 1), g.mean(0) - limit
@@ -90,7 +95,7 @@ def quality(samples: int, repetitions: int) -> list[dict]:
         scores, target = row(LENGTH, true_score(wanted, samples))
         p, value, deviation = exact(scores, samples, seed=1)
         activation, error = 1 + value - scores[0, 0].item(), deviation / samples**0.5
-        # At the kink the limit has no sign to follow: the mean of both sides is what large B tends to.
+        # At the kink the activation has no sign; for large B the gradient tends to the mean of both sides.
         gate = float(activation > 0) if wanted else 0.5
         side = p - torch.eye(LENGTH, dtype=torch.double)[0]
         unit = 1 - p.square().sum().item()
@@ -98,7 +103,7 @@ def quality(samples: int, repetitions: int) -> list[dict]:
         for seed, n_sample in enumerate(SAMPLES, 2):
             g, share = gradients(scores, target, n_sample, repetitions, seed)
             found = moments(g, gate * side, gate**2 * unit / samples)
-            # How far the error of a moves the share of open hinges, whose argument is nearly normal.
+            # The error of a moves the share of active hinges; their argument is nearly normal.
             width = deviation / n_sample**0.5
             moved = error * math.exp(-0.5 * (activation / width) ** 2) / (width * (2 * math.pi) ** 0.5)
             found["bias_squared_error"] += moved**2 * side.square().sum().item()
@@ -107,7 +112,7 @@ def quality(samples: int, repetitions: int) -> list[dict]:
 
 
 def second_of_variance(n: int, length: int, repeats: int, seconds: float) -> list[dict]:
-    """For each B: the mean variance of a row's gradient, and the time of a step, with topk_fast and with pytopk."""
+    """The mean variance of a row's gradient and the time of a step for each B, with topk_fast and with pytopk."""
     scores, target = harness.scores_of("normal", n, length, "float32", "cpu")
     losses = {}
     for b in SAMPLES:
@@ -129,13 +134,13 @@ def second_of_variance(n: int, length: int, repeats: int, seconds: float) -> lis
 
 
 def _gradient(loss, scores: Tensor, target: Tensor) -> Tensor:
-    """A step's gradient, of each row's own loss."""
+    """The gradient of each row's own loss, from one step."""
     harness.step(loss, scores, target)
     return scores.grad.double() * len(target)
 
 
 def differences(length: int = 300, n: int = 12) -> list[dict]:
-    """Largest difference of analytic and central-difference gradients in float64, at a fixed seed; largest row sum."""
+    """The largest differences of analytic and central-difference gradients in float64, with a fixed seed, by case."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(n, length, generator=generator, dtype=torch.double)
     target = torch.randint(length, (n,), generator=generator)
@@ -171,7 +176,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     share = 100 if arguments.quick else 1
-    report = {"environment": harness.environment("cpu"), "k": K, "epsilon": EPSILON, "L": LENGTH}
+    report = {"environment": environment("cpu"), "k": K, "epsilon": EPSILON, "L": LENGTH}
     report |= {"exact_samples": EXACT // share, "repetitions": REPETITIONS // share}
     report["gradcheck"] = differences()
     report["quality"] = quality(EXACT // share, REPETITIONS // share)
@@ -182,7 +187,7 @@ def main():
         for part in ("gradcheck", "quality", "second"):
             print(*report[part], sep="\n")
     else:
-        harness.write(harness.RESULTS / "gradient.json", report)
+        harness.write(RESULTS / "gradient.json", report)
 
 
 if __name__ == "__main__":

@@ -1,85 +1,55 @@
-"""What the benchmarks share: the machine's description, scores, the gate, clocks, results as JSON.
+"""The parts that all benchmarks share: scores, the gate, clocks, and results as JSON.
 
-The gate comes before any timing: equal bits on all backends, pytopk's mean loss, finite peers; where it does not hold,
-SystemExit. Then candidates run in turn, so that a drift of the machine meets them all alike; medians with quartiles.
-CPU: process CPU time of one thread. GPU: events, the L2 cache emptied before each step.
+Nothing is timed before the gate has passed: equal bits on all backends, pytopk's mean loss, finite peers. The
+candidates then run in turn, so that a drift of the machine affects all of them equally, and medians with quartiles are
+reported. On a CPU, the time is the process CPU time of one thread; on a GPU, events measure it, and the L2 cache is
+emptied before each step.
 """
 
 import json
 import math
-import os
-import platform
-import re
-import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from functools import lru_cache
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import topk_fast
-from memory import attempt
+from benchmarks import ROOT
+from benchmarks.memory import attempt
 from topk_fast.functional import bal_noised_topk_loss
 
 try:
     from tqdm import tqdm
-except ImportError:  # a GPU machine may have torch and little else: cases are printed without a bar
+except ImportError:  # a GPU machine may have little besides torch; cases are then printed without a progress bar
 
     def tqdm(cases, unit):
         return cases
 
     tqdm.write = print
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 SPECIES = ROOT / "data" / "species_logits.pt"
 SPECIES_COMMAND = "python examples/all_species.py --losses cross-entropy --save-logits data/species_logits.pt"
-PACKAGES = ("pytopk", "entmax", "difftopk", "liger_kernel", "cut_cross_entropy")
-PEAKS = 8  # large scores in a "spiky" row, the true class's among them
-FEWEST = 3  # samples of every candidate, however long a step takes
-BRIEF = 0.1  # seconds; in a shorter step the traces of the candidate before count, and a loop need not be longer
-DRAWS = 8  # means of the loss that are compared with pytopk's
-
-
-def environment(device: str) -> dict:
-    """Hardware, threads, versions, commit (or $COMMIT), date and command: what a result is worth nothing without."""
-
-    def said(command: str) -> str:
-        if shutil.which(command.split()[0]) is None:
-            return "unknown"
-        return subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
-
-    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    out = {"cpu": cpu.group(1) if cpu else platform.machine(), "threads": torch.get_num_threads()}
-    if device == "cuda":
-        out |= {"device": torch.cuda.get_device_name(), "cuda_version": torch.version.cuda}
-        out["driver"] = said("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
-    return out | {
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES if find_spec(name)},
-        "topk_fast": topk_fast.__version__,
-        **topk_fast.build_info(),
-        "commit": os.environ.get("COMMIT") or said("git describe --always --dirty"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(sys.argv),
-    }
+PEAKS = 8  # large scores in a "spiky" row; the true class has one of them
+FEWEST = 3  # samples of every candidate, even if a step takes long
+BRIEF = 0.1  # seconds; a shorter step would feel the caches of the previous candidate, and is repeated for this long
+DRAWS = 8  # losses of each package whose means are compared
 
 
 def scores_of(kind: str, n: int, length: int, dtype: str, device: str) -> tuple[Tensor, Tensor]:
-    """Scores [n, length], a leaf that wants a gradient, and a target [n]; the same in every call.
+    """Scores [n, length], a leaf that requires a gradient, and a target [n]; the same in every call.
 
-    kind: "normal", N(0, 1); "flat", all equal, as a layer that starts at zero has them; "spiky", N(0, 0.1) but for
-    PEAKS scores of 3 to 6 a row, one of them the true class's; "species", logits of a model of examples/all_species.py.
+    Args:
+        kind: "normal" is N(0, 1). "flat" scores are all equal, as a layer that starts at zero computes them. "spiky" is
+            N(0, 0.1) except for PEAKS scores of 3 to 6 a row, one of them the true class's. "species" are logits of a
+            model of examples/all_species.py.
 
-    Raises: ValueError for another kind or a length that is not the file's; FileNotFoundError without the file.
+    Raises:
+        ValueError: if the kind is unknown, or the file of "species" has fewer rows or another number of classes.
+        FileNotFoundError: if there is no such file.
     """
     generator = torch.Generator(device).manual_seed(0)
     common = dict(dtype=getattr(torch, dtype), device=device)
@@ -106,7 +76,7 @@ def scores_of(kind: str, n: int, length: int, dtype: str, device: str) -> tuple[
 
 
 def step(loss: Callable, scores: Tensor, target: Tensor) -> Tensor:
-    """Forward and backward, the gradient anew."""
+    """Forward and backward; earlier gradients are dropped."""
     scores.grad = None
     value = loss(scores, target)
     value.backward()
@@ -114,7 +84,7 @@ def step(loss: Callable, scores: Tensor, target: Tensor) -> Tensor:
 
 
 def ours(device: str) -> list[str]:
-    """Our backends that are worth a time there: not the reference where there is another, no interpreter."""
+    """Our backends that are worth timing there: no interpreter, and the reference only if there is no other."""
     names = topk_fast.available_backends(device)
     return [name for name in names if name != "torch" and (device, name) != ("cpu", "triton")] or ["torch"]
 
@@ -122,11 +92,17 @@ def ours(device: str) -> list[str]:
 def gate(
     losses: dict[str, Callable], scores: Tensor, target: Tensor, k: int, n_sample: int, epsilon: float
 ) -> tuple[dict[str, str], set[str]]:
-    """SystemExit unless all is right; returns why some peers cannot be tried, by name, and who overwrites its scores.
+    """Checks that the losses are right before they are timed.
 
-    Equal bits: losses and gradients of every backend and the reference, in the first rows (all, where the reference is
-    quick). Finite: each loss and its gradient, in one step, which also warms up and compiles; a peer that fails is left out
-    with its error. Mean: pytopk's, if it is there, and ours within 5 standard errors, in rows that it takes no minutes for.
+    * Losses and gradients of every backend have the reference's bits, in as many rows as the reference does quickly.
+    * Each loss and its gradient are finite. This step also warms up and compiles. A peer that fails is left out.
+    * The means of pytopk's loss and of ours agree within 5 standard errors, in as many rows as pytopk does quickly.
+
+    Returns:
+        The reasons why peers are left out, by name, and the names of the losses that overwrite their scores.
+
+    Raises:
+        SystemExit: if a check fails.
     """
     some = 2**18 // scores.shape[1]
     few, fewer = slice(max(8, some)), slice(max(2, some))
@@ -182,7 +158,7 @@ def larger_than_the_cache() -> Tensor:
 
 
 def timed(passes: list[Callable], device: str, inner: int = 1, clock=time.process_time) -> list[float]:
-    """Milliseconds of each of some functions, one after the other; ``inner``: mean of so many runs in a row."""
+    """Milliseconds of each function, one after the other; each is the mean of ``inner`` runs in a row."""
     if device == "cuda":
         larger_than_the_cache().zero_()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(passes) + 1)]
@@ -201,14 +177,26 @@ def timed(passes: list[Callable], device: str, inner: int = 1, clock=time.proces
 
 
 def interleaved(
-    candidates: dict[str, list[Callable]], device: str, repeats: int, seconds=math.inf, case_seconds=math.inf,
-    clock=time.process_time,
-) -> tuple[dict[str, list[list[float]]], dict[str, str]]:  # fmt: skip
-    """Samples of candidates in turn, each the milliseconds of its passes; and why some are left out. All have run before.
+    candidates: dict[str, list[Callable]],
+    device: str,
+    repeats: int,
+    seconds: float = math.inf,
+    case_seconds: float = math.inf,
+    clock: Callable[[], float] = time.process_time,
+) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
+    """Samples the candidates in turn, after all of them have run before.
 
-    On CPU a sample of a brief step follows an untimed one (allocator, caches and branch predictors get over the candidate
-    before) and repeats it up to 200 times, against the clock's grain; passes that need each other run once. ``seconds``
-    is what a candidate may take, ``case_seconds`` (of the wall clock) all together; FEWEST samples are taken in any case.
+    On a CPU, a sample of a brief step follows an untimed step, in which the allocator, caches and branch predictors
+    adapt to the candidate. It repeats the step up to 200 times, since clocks are coarse; a candidate of several passes,
+    which need each other, runs once.
+
+    Args:
+        candidates: The passes of each candidate.
+        seconds, case_seconds: Time limits of one candidate, and of all together by the wall clock. FEWEST samples are
+            taken in any case.
+
+    Returns:
+        By candidate, its samples, each of them the milliseconds of its passes; and the reasons why some are left out.
     """
     samples, plans, left_out = {}, {}, {}
     for name, passes in candidates.items():
@@ -232,12 +220,12 @@ def interleaved(
 
 
 def quartiles(values: list[float]) -> dict:
-    """Lower quartile, median, upper quartile, and of how many."""
+    """Lower quartile, median, upper quartile, and the number of values."""
     return dict(zip(("lower", "median", "upper"), statistics.quantiles(values, n=4))) | {"repeats": len(values)}
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written a second by a copy of 2 GiB on the GPU."""
+    """Bytes that a copy of 2 GiB on the GPU reads and writes in a second."""
     x = torch.empty(2**29, device="cuda")
     y = torch.empty_like(x)
     times = [timed([lambda: y.copy_(x)], "cuda")[0] for _ in range(23)]
@@ -245,7 +233,10 @@ def copy_bandwidth() -> float:
 
 
 def write(path: Path, report: dict):
-    """The report as JSON, whole or not at all; called after each case, so that what is measured stays if time runs out."""
+    """Writes the report as JSON, whole or not at all.
+
+    Benchmarks call it after each case, so that a run which is cut short keeps its results.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,16 +1,17 @@
 """Linear layer + loss of many classes against linear + cross-entropy: time of each pass, and peak extra memory.
 
-Candidates in turn, medians with quartiles; how they are timed: harness.py. The peers:
+harness.py describes how candidates are timed. The peers are:
 
 * linear + cross-entropy: ``F.cross_entropy(F.linear(x, weight), y)``, the plain form;
 * torch's linear_cross_entropy, in its chunked form, where this torch has one;
 * Liger-Kernel's fused linear cross-entropy and cut-cross-entropy, on a GPU, where they are installed.
 
 The optimizer's step is Adam on a dense gradient and SparseAdam on a sparse one; both are torch's. Before anything is
-timed the losses of the linear form are held to those of its logits, bit for bit, and its gradients to autograd's.
+timed, the losses of the linear form are compared with those of its logits, bit for bit, and its gradients with
+autograd's.
 
-    python benchmarks/linear.py             # writes results/linear_cpu.json or, on a GPU, $OUT/linear_gpu.json
-    python benchmarks/linear.py --quick     # fewer repeats, prints only
+    python -m benchmarks.linear             # writes results/linear_cpu.json or, on a GPU, $OUT/linear_gpu.json
+    python -m benchmarks.linear --quick     # fewer repeats, prints only
 """
 
 import argparse
@@ -22,8 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import harness
-import memory
+from benchmarks import RESULTS, ROOT, harness, memory
+from examples.machine import environment
 from topk_fast.functional import bal_noised_topk_loss, linear_noised_topk_loss
 
 ON_GPU = torch.cuda.is_available()
@@ -37,13 +38,13 @@ CASES = (
     if ON_GPU
     else [dict(N=256, D=128, L=100_000, dtype="float32"), dict(N=256, D=128, L=1_000_000, dtype="float32")]
 )
-CASE_SECONDS = 8 if ON_GPU else math.inf  # for the samples of a case; make gpu has little time for three of them
+CASE_SECONDS = 8 if ON_GPU else math.inf  # for the samples of a case; make gpu has little time for its three cases
 SEARCH = dict(k=5, epsilon=1.0, n_sample=5)
 PLAIN, OURS, SPARSE = "linear + cross-entropy", "topk_fast", "topk_fast, sparse_grad"
 
 
 def candidates() -> dict:
-    """Losses of (x, weight, y) by name; those that are installed."""
+    """Losses of (x, weight, y) by name, as far as they are installed."""
     out = {
         PLAIN: lambda x, weight, y: F.cross_entropy(F.linear(x, weight), y),
         OURS: lambda x, weight, y: linear_noised_topk_loss(x, weight, y, **SEARCH),
@@ -65,7 +66,10 @@ def candidates() -> dict:
 
 
 def batch(N, D, L, dtype, exact=False):
-    """Features, weight and target; logits of standard deviation 1. ``exact``: small integers, whose matmul has no rounding."""
+    """Features, weight and target, whose logits have standard deviation 1.
+
+    With ``exact``, features and weight are small integers, whose matmul needs no rounding.
+    """
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.randn(N, D, generator=generator, device=DEVICE)
     weight = torch.randn(L, D, generator=generator, device=DEVICE) / (2 if exact else D**0.5)
@@ -76,7 +80,7 @@ def batch(N, D, L, dtype, exact=False):
 
 
 def check_equality(N, D, L, dtype):
-    """Raises unless the linear form is the loss of its logits: bits of losses, gradients to a few roundings."""
+    """Raises unless the linear form has its logits' losses, bit for bit, and their gradients to a few roundings."""
     x, weight, y = batch(16, D, L, dtype, exact=True)
     common = SEARCH | dict(seed=1, sampler="dense", reduction="none")
     results = []
@@ -93,7 +97,7 @@ def check_equality(N, D, L, dtype):
 
 
 class Step:
-    """Forward, backward and the optimizer's step of one candidate, apart."""
+    """Forward, backward and the optimizer's step of one candidate, each a pass of its own."""
 
     def __init__(self, name, x, weight, y, optimizer=None):
         self.loss_of, self.x, self.weight, self.y = candidates()[name], x, weight, y
@@ -110,7 +114,7 @@ class Step:
         self.optimizer.step()
 
     def drop(self):
-        """Let go of what a pass that failed has left."""
+        """Releases the tensors of a pass that failed."""
         self.x.grad = self.weight.grad = self.loss = None
 
 
@@ -146,7 +150,7 @@ def memory_step(name, case, small):
 
 
 def line(result: dict) -> str:
-    """A result for the eye."""
+    """A result as text."""
     rows = ["N, D, L = {N}, {D}, {L}, {dtype}".format(**result)]
     for name, ms in result["ms"].items():
         if not isinstance(ms, dict):
@@ -159,14 +163,14 @@ def line(result: dict) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, the first case alone; prints only")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, only the first case; prints only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    path = Path(os.environ.get("OUT", harness.ROOT / "out")) / "linear_gpu.json"
+    path = Path(os.environ.get("OUT", ROOT / "out")) / "linear_gpu.json"
     if not ON_GPU:
         memory.limit()
-        path = harness.RESULTS / "linear_cpu.json"
-    report = {"environment": harness.environment(DEVICE), "search": SEARCH, "cases": []}
+        path = RESULTS / "linear_cpu.json"
+    report = {"environment": environment(DEVICE), "search": SEARCH, "cases": []}
     for case in harness.tqdm(CASES[:1] if arguments.quick else CASES, unit="case"):
         check_equality(**case)
         repeats = 3 if arguments.quick else 30 if ON_GPU else max(5, 2_000_000 // case["L"])

@@ -1,12 +1,13 @@
 """Forward + backward of the balanced loss against cross-entropy, pytopk and the other losses of peers.py.
 
-What is timed, how, and what is checked before: harness.py. On a GPU also the share of the copy bandwidth measured in the
-same run: scores read once and gradients written once, over the time of a step.
+harness.py describes how losses are timed, and the checks before. On a GPU, the result also has the share of the copy
+bandwidth that a step reaches: the time of reading the scores once and writing the gradients once, at the bandwidth
+measured in the same run, over the step's time.
 
-    python benchmarks/loss.py                                # a few cases, in a minute; prints only
-    python benchmarks/loss.py --set full                     # all cases; writes results/cpu.json
-    python benchmarks/loss.py --set full --device cuda       # writes $OUT/gpu.json (out/ by default)
-    ncu ... python benchmarks/loss.py --device cuda --once   # a step of each shape, for a profiler
+    python -m benchmarks.loss                                # a few cases, in a minute; prints only
+    python -m benchmarks.loss --set full                     # all cases; writes results/cpu.json
+    python -m benchmarks.loss --set full --device cuda       # writes $OUT/gpu.json (out/ by default)
+    ncu ... python -m benchmarks.loss --device cuda --once   # a step of each shape, for a profiler
 """
 
 import argparse
@@ -17,22 +18,20 @@ from typing import NamedTuple
 
 import torch
 
-import harness
-import memory
 import topk_fast
-from peers import PEERS, Case, Peer
+from benchmarks import RESULTS, ROOT, harness, memory
+from benchmarks.peers import PEERS, Case, Peer
+from examples.machine import environment
 
-# Ratios that the design sets as goals, by L: to cross-entropy at n_sample 5, to pytopk at n_sample 10.
+# The design's goals by L, as ratios of times: to cross-entropy at n_sample 5, to pytopk at n_sample 10.
 GOALS = {100: (4, 1 / 8), 1000: (1.5, 1 / 40), 10_000: (0.6, 1 / 150), 100_000: (0.3, 1 / 300)}
 GOAL_SHAPES = [(128, 100), (128, 1000), (64, 10_000), (32, 100_000)]
 # N * L of 2**21 to 2**22, as far as a batch of at most 128 rows goes.
 LENGTHS = [(128, length) for length in (100, 316, 1000, 3162, 10_000, 31_623)]
 LENGTHS += [(32, 100_000), (8, 316_228), (4, 1_000_000)]
 SPECIES = (64, 24_271)
-# N * L of about 2**28, and the small batches where launches count.
-GPU_SHAPES = [
-    (1024, 1000), (1024, 10_000), (262_144, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072), (268, 1_000_000),
-]  # fmt: skip
+GPU_SHAPES = [(1024, 1000), (1024, 10_000)]  # small batches, where launches count
+GPU_SHAPES += [(262_144, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072), (268, 1_000_000)]  # N * L: 2**28
 GPU_VARIANTS = [
     ("length", {}),
     *(("samples", {"n_sample": b}) for b in (5, 32)),
@@ -42,16 +41,16 @@ GPU_VARIANTS = [
 ]
 GPU_PEERS = ("cross-entropy", "cross-entropy compiled", "Liger", "pytopk")
 BASIC = ("topk_fast", "cross-entropy", "pytopk")
-# Beside BASIC, those whose memory grows otherwise with L than their scores.
+# BASIC, and the losses whose memory does not grow with L as their scores do.
 HEAVY = (*BASIC, "smooth top-K SVM", "LapSum")
 ALL = tuple(PEERS)
 SECONDS = {("cpu", "full"): 0.7, ("cpu", "quick"): 0.3, ("cuda", "full"): 0.1, ("cuda", "quick"): 0.3}
-# Left out of peak memory on CPU: compiling takes more than the step.
+# The peak memory on a CPU leaves this out, since compilation takes more memory than the step.
 NO_MEMORY = ("cross-entropy compiled",)
 
 
 class Entry(NamedTuple):
-    """A case, the table or curve it belongs to, the losses that are timed and those whose peak memory is measured."""
+    """A case, its table or curve, the losses that are timed, and the losses whose peak memory is measured."""
 
     group: str
     case: Case
@@ -137,7 +136,7 @@ def measure(entry: Entry, device: str, seconds: float) -> dict:
     scores, target = batch(case, device)
     failed, overwriting = harness.gate(losses, scores, target, case.k, case.n_sample, case.epsilon)
     left_out |= failed
-    # Who overwrites its scores gets some of its own, which fade: its time does not depend on them.
+    # Losses that overwrite their scores get a private copy; its values decay, but their time does not depend on them.
     steps = {
         name: [
             partial(
@@ -166,7 +165,7 @@ def measure(entry: Entry, device: str, seconds: float) -> dict:
 
 
 def line(result: dict) -> str:
-    """A result for the eye."""
+    """A result as text."""
     ms = ", ".join(f"{name} {value['median']:.4g}" for name, value in result["ms"].items())
     case = " ".join(f"{key}={result[key]}" for key in ("N", "L", "k", "n_sample", "epsilon", "dtype", "scores"))
     peaks = ", ".join(f"{name} {value / 2**20:.1f}" for name, value in result["peak_bytes"].items())
@@ -177,7 +176,7 @@ def line(result: dict) -> str:
 
 
 def once(device: str):
-    """One step of our backends for each shape and dtype: what a profiler looks at."""
+    """Runs one step of our backends for each shape and dtype, for a profiler."""
     for n, length in GPU_SHAPES if device == "cuda" else GOAL_SHAPES:
         for dtype in ("float32", "bfloat16"):
             case = Case(n, length, dtype=dtype)
@@ -209,15 +208,15 @@ def main(argv: list[str] | None = None):
         return once(args.device)
     todo = entries(args.set, args.device)
     if any(entry.case.scores == "species" for entry in todo):
-        harness.scores_of("species", *SPECIES, "float32", args.device)  # a missing file is told now, not in the middle
-    path, report = args.out, {"environment": harness.environment(args.device), "goals": GOALS}
+        harness.scores_of("species", *SPECIES, "float32", args.device)  # a missing file raises now, not halfway
+    path, report = args.out, {"environment": environment(args.device), "goals": GOALS}
     if args.device == "cuda":
-        path = path or Path(os.environ.get("OUT", harness.ROOT / "out")) / "gpu.json"
+        path = path or Path(os.environ.get("OUT", ROOT / "out")) / "gpu.json"
         report["copy_bytes_per_second"] = harness.copy_bandwidth()
     else:
         memory.limit()
         whole = args.set == "full" and not args.peers
-        path = path or (harness.RESULTS / "cpu.json" if whole else None)
+        path = path or (RESULTS / "cpu.json" if whole else None)
     report["cases"] = []
     for entry in harness.tqdm(todo, unit="case"):
         if args.peers:

@@ -1,4 +1,4 @@
-"""Memory of the benchmarks: the peak of a step, a bound on what may be asked for, and what to do where it is not enough."""
+"""The memory of a step: its peak, a limit on allocations, and steps for which the memory does not suffice."""
 
 import multiprocessing
 import re
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from examples.machine import PeakMemory
+
 
 def attempt(run: Callable, *args) -> tuple:
-    """What it returns and None; or None and a reason, where memory does not suffice."""
+    """The result of ``run(*args)`` and None; or None and a reason, where the memory does not suffice."""
     try:
         return run(*args), None
     except (RuntimeError, MemoryError) as error:
@@ -21,15 +23,16 @@ def attempt(run: Callable, *args) -> tuple:
 
 
 def limit():
-    """Has allocations beyond the free memory raise here; Linux would grant them, and end the process when they are used."""
+    """Makes allocations beyond the free memory raise; Linux would grant them, and kill the process that uses them."""
     free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text()).group(1))
     resource.setrlimit(resource.RLIMIT_DATA, (free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def peak(make: Callable, *args, device: str) -> int:
-    """Bytes that a step takes at its peak beyond its inputs, gradients included; on CPU in a process of its own.
+    """Bytes that a step takes at its peak beyond its inputs, gradients included; on a CPU, a new process measures it.
 
-    ``make(*args, small=...)`` returns the step, on small inputs or on those that count; a function of a module.
+    Args:
+        make: A module's function; ``make(*args, small=...)`` returns the step, on small inputs or on the measured ones.
     """
     if device == "cuda":
         run = make(*args, small=False)
@@ -40,19 +43,15 @@ def peak(make: Callable, *args, device: str) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "topk_fast"])  # processes start in no time
+    context.set_forkserver_preload(["torch", "topk_fast"])  # new processes have them from the start
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_peak, make, args).result()
 
 
 def _peak(make, args) -> int:
-    def status(field):
-        return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
-
     torch.set_num_threads(1)
-    make(*args, small=True)()  # what first calls load is not the loss's
+    make(*args, small=True)()  # libraries that the first call loads do not count
     run = make(*args, small=False)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status("VmRSS")
+    memory = PeakMemory()
     run()
-    return status("VmHWM") - before
+    return memory.peak()

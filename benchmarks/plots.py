@@ -1,51 +1,16 @@
-"""The plots of tables.py: SVG on a transparent ground, in greys and colours that are legible on light and on dark."""
+"""The plots of README.md and docs/, which tables.py writes."""
 
 from pathlib import Path
 
-import matplotlib
+from matplotlib.axes import Axes
 
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+from benchmarks.committed import ablation_runs, bias_is_seen, digest, median, result, spread, test_runs
+from benchmarks.study import BALANCED, IMBALANCED
+from benchmarks.study.tables import SETTING_NAMES
+from benchmarks.style import COLOURS, GREY, MARKERS, save_svg
 
-from tables import (  # noqa: E402
-    BALANCED,
-    IMBALANCED,
-    NAMES,
-    NOISED,
-    ablation_runs,
-    bias_is_seen,
-    digest,
-    median,
-    result,
-    spread,
-    test_runs,
-)
-
-GREY = "#808080"
-# Okabe and Ito's colours, those that are too dark or too pale for one of the grounds replaced; markers do without colour.
-COLOURS = ("#d55e00", "#3b8fd0", "#cc79a7", "#009e73", "#b8860b", "#7b68ee", "#56b4e9", "#8c6d5a")
-MARKERS = "osD^vP*X"
-STYLE = {
-    "font.size": 9,
-    "text.color": GREY,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "axes.titlecolor": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GREY,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "lines.markersize": 4,
-    "lines.linewidth": 1.3,
-    "svg.hashsalt": "topk_fast",
-    "svg.fonttype": "none",
-}
-FIRST = ("topk_fast", "cross-entropy", "pytopk")  # what the eye is to find
+FIRST = ("topk_fast", "cross-entropy", "pytopk")  # the losses that a reader looks for
+TOPS = (("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"))
 
 
 def look() -> dict[str, dict]:
@@ -65,7 +30,7 @@ def look() -> dict[str, dict]:
 
 
 def curves(axes: Axes, group: str, key: str, measured=median, field: str = "ms") -> None:
-    """One line a loss over the cases of a group: what `measured` makes of a case, against `key`."""
+    """Draws one line a loss over the cases of a group: `measured(case, loss)` against `key`."""
     cases = sorted((c for c in result("cpu")["cases"] if c["group"] == group), key=lambda c: c[key])
     for name, style in look().items():
         points = [(c[key], measured(c, name)) for c in cases if name in c.get(field, {})]
@@ -75,7 +40,7 @@ def curves(axes: Axes, group: str, key: str, measured=median, field: str = "ms")
 
 
 def legend(axes: Axes) -> None:
-    """Beside the axes, in the order of the lines' right ends."""
+    """Puts the legend beside the axes, in the order of the lines' right ends."""
     lines = sorted(axes.get_legend_handles_labels()[0], key=lambda line: -line.get_ydata()[-1])
     axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
 
@@ -114,9 +79,7 @@ def study(figure) -> None:
     sets, losses = list(report["config"]["data"]), list(report["config"]["losses"])
     for axes, data in zip(figure.subplots(1, len(sets), sharey=True), sets):
         for place, runs in enumerate(reversed(test_runs(report, data).values())):
-            for shift, (metric, colour, marker) in enumerate(
-                (("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"))
-            ):
+            for shift, (metric, colour, marker) in enumerate(TOPS):
                 value, error = spread(runs, metric)
                 label = metric if place == 0 else None
                 at = place + 0.18 * (1 - shift)
@@ -133,24 +96,19 @@ def ablations(figure) -> None:
     report = result("study")
     keys = list(report["config"]["ablations"][IMBALANCED])
     panels = figure.subplots(2, len(keys), sharey="row")
-    for row, loss in zip(panels, NOISED):
+    for row, loss in zip(panels, (BALANCED, IMBALANCED)):
         for axes, key in zip(row, keys):
             values = report["config"]["ablations"][loss].get(key)
             if values is None:
                 axes.set_axis_off()
                 continue
-            for metric, colour, marker in (
-                ("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"), ("few", COLOURS[2], "D"),
-            ):  # fmt: skip
+            for metric, colour, marker in (*TOPS, ("few", COLOURS[2], "D")):
                 found = [spread(ablation_runs(report, loss, key, value), metric) for value in values]
                 label = "few-shot top-5" if metric == "few" else metric
                 place = range(len(values))
-                axes.errorbar(
-                    place, *zip(*found),
-                    color=colour, marker=marker, capsize=2, label=label,
-                )  # fmt: skip
+                axes.errorbar(place, *zip(*found), color=colour, marker=marker, capsize=2, label=label)
             axes.set_xticks(place, [f"{v:g}" for v in values])
-            axes.set_xlabel(NAMES[key])
+            axes.set_xlabel(SETTING_NAMES[key])
         row[0].set_ylabel(f"{'balanced' if loss == BALANCED else 'imbalanced'}: percent")
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
 
@@ -172,15 +130,14 @@ def gradient(figure) -> None:
     for shape, colour in zip(dict.fromkeys((s["N"], s["L"]) for s in report["second"]), COLOURS):
         for loss, line, marker in (("topk_fast", "-", "o"), ("pytopk", ":", "D")):
             points = [s for s in report["second"] if (s["N"], s["L"], s["loss"]) == (*shape, loss)]
-            right.plot(
-                [s["ms"]["median"] for s in points], [s["variance"] for s in points],
-                color=colour, linestyle=line, marker=marker, label=f"{loss}, N, L = {shape[0]}, {shape[1]}",
-            )  # fmt: skip
+            times, variances = [s["ms"]["median"] for s in points], [s["variance"] for s in points]
+            label = f"{loss}, N, L = {shape[0]}, {shape[1]}"
+            right.plot(times, variances, color=colour, linestyle=line, marker=marker, label=label)
     right.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="variance of a row's gradient")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=7)
 
 
-# Each plot, the results it is made from, and its size in inches.
+# By name, the function that draws a plot, the results that it is drawn from, and its size in inches.
 PLOTS = {
     "time_length": (time_length, ("cpu",), (7.5, 4.2)),
     "time_samples_rank": (time_samples_rank, ("cpu",), (7.5, 3.6)),
@@ -192,11 +149,6 @@ PLOTS = {
 
 
 def draw(name: str, path: Path) -> None:
-    """Make one plot; its description names the digest of its results."""
+    """Draws one plot, whose description names the digest of its results."""
     function, results, size = PLOTS[name]
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=size, layout="constrained")
-        function(figure)
-        metadata = {"Date": None, "Description": f"results {digest(*results)}", "Title": name}
-        figure.savefig(path, format="svg", transparent=True, metadata=metadata)
-        plt.close(figure)
+    save_svg(function, size, path, Description=f"results {digest(*results)}", Title=name)

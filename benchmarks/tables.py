@@ -1,55 +1,26 @@
 """Every table and plot of README.md and docs/, from the committed JSON of benchmarks/results.
 
-A table stands between the marks ``<!-- NAME table -->`` and ``<!-- end -->`` of a page, a plot in docs/img. Each plot names
-in its metadata the digest of what it was made from, so that a test can tell a stale one.
+A table stands between the marks ``<!-- NAME table -->`` and ``<!-- end -->`` of a page, a plot in docs/img. Each plot
+names in its metadata the digest of the results that it was made from, so that a test can tell a stale plot.
 
-    python benchmarks/tables.py            # or: make tables
+    python -m benchmarks.tables            # or: make tables
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Callable
-from pathlib import Path
-from statistics import mean, stdev
 
-from scipy.stats import ttest_1samp
+from benchmarks import ROOT
+from benchmarks.committed import bias_is_seen, median, result
+from benchmarks.markdown import grid, where
+from benchmarks.study.tables import ablation_table, settings_table, study_data_table, study_full
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "img"
 PAGES = ("README.md", "docs/choosing.md", "docs/study.md")
 PLAIN = "linear + cross-entropy"
 LINEAR_GOALS = {"time": 0.5, "memory": 0.25}  # to PLAIN, at L = 100 000
-BALANCED, IMBALANCED = "balanced noised top-K", "imbalanced noised top-K"
-NOISED = (BALANCED, IMBALANCED)
-SHOTS = ("few", "medium", "many")
-
-
-def result(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def grid(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
-def where(e: dict) -> str:
-    return f"{e['cpu']}, one thread, torch {e['torch']}, commit {e['commit']}, {e['date'][:10]}."
 
 
 def ms(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def median(case: dict, name: str) -> float:
-    if name not in case["ms"]:
-        raise KeyError(
-            f"{name} has no time at N, L = {case['N']}, {case['L']}: {case['left_out'].get(name, 'not asked')}"
-        )
-    return case["ms"][name]["median"]
 
 
 def goals_table() -> str:
@@ -64,22 +35,14 @@ def goals_table() -> str:
         shape = [f"{c['N']}, {c['L']}", str(c["n_sample"]), f"{c['epsilon']:g}"]
         times = [f"{ms(t)} ms" for t in (ours, plain, theirs)]
         rows.append([*shape, *times, f"{ours / plain:.2f}{goal}", f"1/{theirs / ours:.0f}{other_goal}"])
-    head = [
-        "N, L",
-        "B",
-        "epsilon",
-        "topk_fast",
-        "cross-entropy",
-        "pytopk",
-        "to cross-entropy (goal)",
-        "to pytopk (goal)",
-    ]
+    head = ["N, L", "B", "epsilon", "topk_fast", "cross-entropy", "pytopk"]
+    head += ["to cross-entropy (goal)", "to pytopk (goal)"]
     return grid(head, rows) + "\n\n" + where(report["environment"])
 
 
 def peers_table() -> str:
     """Every peer at two shapes: time, its ratio to cross-entropy, peak memory in units of the scores."""
-    from peers import PEERS  # needs the packages of the peers, which no other table does
+    from benchmarks.peers import PEERS  # needs the packages of the peers, which no other table does
 
     report = result("cpu")
     cases = [c for c in report["cases"] if c["group"] == "peers"]
@@ -103,8 +66,9 @@ def peers_table() -> str:
         head += [f"N, L = {c['N']}, {c['L']}", "memory"]
     first = cases[0]
     note = (
-        f"Forward + backward, K = {first['k']}, B = {first['n_sample']}, epsilon = {first['epsilon']:g}, N(0, 1) scores; in "
-        "brackets the ratio to cross-entropy; peak extra memory in units of the scores, the gradient (1.0) included. "
+        f"Forward + backward, K = {first['k']}, B = {first['n_sample']}, epsilon = {first['epsilon']:g}, N(0, 1) "
+        "scores; in brackets the ratio to cross-entropy; peak extra memory in units of the scores, the gradient (1.0) "
+        "included. "
     )
     return grid(head + ["what it is"], rows) + "\n\n" + note + where(report["environment"])
 
@@ -151,119 +115,6 @@ def linear_table() -> str:
     return grid(head, rows) + "\n\n" + note + where(report["environment"])
 
 
-def runs_of(report: dict, **wanted) -> list[dict]:
-    return [r for r in report["runs"] if all(r[key] == value for key, value in wanted.items())]
-
-
-def test_runs(report: dict, data: str) -> dict[str, list[dict]]:
-    """The runs on the test rows of a data set, by loss."""
-    return {loss: runs_of(report, stage="test", data=data, loss=loss) for loss in report["config"]["losses"]}
-
-
-def ablation_runs(report: dict, loss: str, key: str, value: float) -> list[dict]:
-    """The runs of a loss with one setting at `value`."""
-    return [r for r in runs_of(report, stage=f"ablation of {key}", loss=loss) if r["settings"][key] == value]
-
-
-def spread(runs: list[dict], metric: str) -> tuple[float, float]:
-    """Mean and standard deviation over seeds, in percent (of a metric in [0, 1])."""
-    values = [100 * r[metric] for r in runs]
-    return mean(values), stdev(values)
-
-
-def falls_short(runs: list[dict], best: list[dict], metric: str) -> bool:
-    """Paired t-test over the seeds, one-sided, at 5 percent: a seed gives all losses the same batches and first weights."""
-    pairs = zip(*(sorted(group, key=lambda r: r["seed"]) for group in (runs, best)))
-    less = [own[metric] - other[metric] for own, other in pairs]
-    if len(set(less)) == 1:
-        return less[0] < 0
-    return ttest_1samp(less, 0, alternative="less").pvalue < 0.05
-
-
-def accuracy_cells(runs: dict[str, list[dict]], metric: str) -> dict[str, str]:
-    """Mean ± deviation of each loss; bold: the best mean, and those that the seeds do not tell from it."""
-    best = max(runs, key=lambda loss: mean(r[metric] for r in runs[loss]))
-    cells = {}
-    for loss, own in runs.items():
-        text = "{:.1f} ± {:.1f}".format(*spread(own, metric))
-        cells[loss] = text if falls_short(own, runs[best], metric) else f"**{text}**"
-    return cells
-
-
-HEADS = {"few": "few-shot top-5", "medium": "medium-shot", "many": "many-shot"}
-LONG_TAILED = ("species", "long-tailed glyphs")  # elsewhere shots differ by chance alone, or not at all
-
-
-def study_table(metrics: list[str], data: str) -> str:
-    """Test figures of each loss on a data set."""
-    report = result("study")
-    runs = test_runs(report, data)
-    metrics = [m for m in metrics if m not in SHOTS or data in LONG_TAILED]
-    columns = [accuracy_cells(runs, m) for m in metrics]
-    rows = []
-    for loss, own in runs.items():
-        seconds = mean(r["seconds an epoch"] for r in own)
-        rows.append([loss, *(cells[loss] for cells in columns), f"{seconds:.2f}"])
-    return grid(["loss", *(HEADS.get(m, m) for m in metrics), "s an epoch"], rows)
-
-
-def study_data_table() -> str:
-    report = result("study")
-    rows = [
-        [
-            name,
-            str(d["classes"]),
-            *(str(d["rows"][part]) for part in ("train", "val", "test")),
-            f"{d['least']} to {d['most']}",
-        ]
-        for name in report["config"]["data"]
-        for d in [report["data"][name]]
-    ]
-    return grid(["data", "classes", "training", "validation", "test rows", "training rows of a class"], rows)
-
-
-def settings_table() -> str:
-    """What validation chose."""
-    report = result("study")
-    rows = []
-    for data in report["config"]["data"]:
-        for loss, runs in test_runs(report, data).items():
-            settings = runs[0]["settings"]
-            text = ", ".join(f"{key} = {value:g}" for key, value in settings.items() if key not in ("k", "n_sample"))
-            rows.append([data, loss, text])
-    return grid(["data", "loss", "settings"], rows)
-
-
-def ablation_table() -> str:
-    """Each setting varied alone around what validation chose."""
-    report = result("study")
-    data = report["config"]["ablations"]["data"]
-    rows = []
-    for loss in NOISED:
-        for key, values in report["config"]["ablations"][loss].items():
-            for value in values:
-                runs = ablation_runs(report, loss, key, value)
-                cells = [spread(runs, m) for m in ("top-1", "top-5", "top-20", "macro top-5", "few")]
-                seconds = mean(r["seconds an epoch"] for r in runs)
-                rows.append(
-                    [loss, f"{NAMES[key]} = {value:g}", *(f"{a:.1f} ± {b:.1f}" for a, b in cells), f"{seconds:.2f}"]
-                )
-    head = ["loss", "setting", "top-1", "top-5", "top-20", "macro top-5", "few-shot top-5", "s an epoch"]
-    seeds = len(report["config"]["ablations"]["seeds"])
-    note = f"{data}, {seeds} seeds, percent of the validation rows; all else as validation chose it."
-    return (
-        grid(head, rows) + f"\n\n{note} Commit {report['environment']['commit']}, {report['environment']['date'][:10]}."
-    )
-
-
-NAMES = {"k": "K", "n_sample": "B", "epsilon": "epsilon", "max_m": "max_m"}
-
-
-def bias_is_seen(q: dict, report: dict) -> bool:
-    """Whether the bias stands out of two standard errors, that of the limit, found from samples itself, among them."""
-    return q["bias_squared"] > 2 * (q["bias_squared_error"] + q["unit_variance"] / report["exact_samples"])
-
-
 def gradient_table() -> str:
     """Variance and bias against B, and what a second buys."""
     report = result("gradient")
@@ -287,18 +138,14 @@ def gradient_table() -> str:
     head += [f"step at {n}, {length}" for n, length in dict.fromkeys((s["N"], s["L"]) for s in report["second"])]
     worst = max(g["largest_error"] / g["largest_entry"] for g in report["gradcheck"])
     note = (
-        f"Gradient of one row of {report['L']} classes, K = {report['k']}, epsilon = {report['epsilon']:g}: variance summed "
-        f"over the classes, squared length of the bias (where above two standard errors), from {report['repetitions']} "
-        f"repetitions against {report['exact_samples']} samples; a is the mean of the hinge's argument. Steps of topk_fast, in "
-        f"brackets how many times longer pytopk's take at the same B. Central differences in float64 agree with the gradient to "
-        f"{worst:.0e} of its largest entry in {len(report['gradcheck'])} cases, with both samplers. "
+        f"Gradient of one row of {report['L']} classes, K = {report['k']}, epsilon = {report['epsilon']:g}: variance "
+        "summed over the classes, squared length of the bias (where above two standard errors), from "
+        f"{report['repetitions']} repetitions against {report['exact_samples']} samples; a is the mean of the hinge's "
+        "argument. Steps of topk_fast, in brackets how many times longer pytopk's take at the same B. Central "
+        f"differences in float64 agree with the gradient to {worst:.0e} of its largest entry in "
+        f"{len(report['gradcheck'])} cases, with both samplers. "
     )
     return grid(head, rows) + "\n\n" + note + where(report["environment"])
-
-
-def study_full(data: str) -> Callable[[], str]:
-    metrics = ["top-1", "top-5", "top-10", "top-20", "macro top-1", "macro top-5", "few", "medium", "many"]
-    return lambda: study_table(metrics, data)
 
 
 TABLES = {
@@ -319,18 +166,12 @@ MARK = re.compile(r"<!-- ([a-z -]+) table -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def filled(page: str) -> str:
-    """The text of a page with its tables made anew."""
+    """The text of a page, with its tables made from the results."""
     return MARK.sub(lambda m: f"<!-- {m[1]} table -->\n{TABLES[m[1]]()}\n<!-- end -->", (ROOT / page).read_text())
 
 
-def digest(*names: str) -> str:
-    """Of the results a plot is made from."""
-    content = b"".join((RESULTS / f"{name}.json").read_bytes() for name in names)
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def main():
-    import plots  # needs matplotlib, which the tables do not
+    from benchmarks import plots  # needs matplotlib, which the tables do not
 
     for page in PAGES:
         (ROOT / page).write_text(filled(page))

@@ -1,6 +1,7 @@
-"""Micro-benchmarks of the CPU backends with cross-entropy beside them: each pass of a step, and each op alone.
+"""Micro-benchmarks of the passes of a step, beside those of cross-entropy, and of each op of the CPU backends.
 
-Process CPU time of one thread. `make test` does not collect this file; `make bench` runs it. One group by itself:
+They measure the process CPU time of one thread. `make test` does not collect this file; `make bench` runs it. This runs
+one group:
 
     python -m pytest benchmarks/test_micro.py --benchmark-enable -k "step and 1000"
 """
@@ -12,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import harness
 import topk_fast
-from topk_fast import ops
+from benchmarks import harness
+from topk_fast import noise, ops
+from topk_fast.request import Labels, Noise, Place, Slice
 
 SHAPES = [(128, 100), (128, 1000), (32, 100_000)]
 K, N_SAMPLE, EPSILON = 5, 5, 1.0
@@ -31,7 +33,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map
 
 @pytest.fixture(scope="module")
 def batches():
-    """Scores and target by shape, after the gate: equal bits before anything is timed."""
+    """Scores and target by shape, after the gate has found equal bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     out = {shape: harness.scores_of("normal", *shape, "float32", "cpu") for shape in SHAPES}
@@ -58,26 +60,27 @@ def test_loss(benchmark, batches, part, shape, name):
 
 
 @shapes
-@pytest.mark.parametrize("op", ["candidates", "loss", "gradient"])
+@pytest.mark.parametrize("op", ["candidates", "excess", "gradient"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_op(benchmark, batches, op, shape, backend):
     benchmark.group = f"op {op} {shape[0]} x {shape[1]}"
-    scores, target = batches[shape][0].detach(), batches[shape][1]
+    scores, labels = batches[shape][0].detach(), Labels(batches[shape][1])
     seeds = itertools.cycle(torch.arange(64).unbind())
-    search = (K + 1, EPSILON, N_SAMPLE)  # with other noise in each round: the CPU would learn the branches of one
-    if op == "candidates":
-        out = benchmark(lambda: ops.kernel(op, backend)(scores, next(seeds), *search, 0, 0, False))
-        assert out[0].shape == (shape[0], N_SAMPLE, K + 1)
-        return
+
+    def other_noise():  # in each round: the CPU would learn the branches of one
+        return Noise(next(seeds), (K + 1,), EPSILON, None, N_SAMPLE, noise.NORMAL, dense=False)
 
     def search_rows():
-        return ops.kernel("loss", backend)(scores, target, None, next(seeds), *search, 1.0, -100, False)
+        return ops.kernel("excess", backend)(scores, *other_noise(), *labels)
 
-    if op == "loss":
-        assert benchmark(search_rows)[0].shape == target.shape
-        return
-    losses, classes, _ = search_rows()
-    grad = benchmark(
-        ops.kernel(op, backend), torch.ones_like(losses), losses, classes, target, 1.0, 0, shape[1], scores.dtype
-    )
-    assert grad.shape == scores.shape
+    if op == "candidates":
+        values, _ = benchmark(lambda: ops.kernel(op, backend)(scores, *other_noise(), *Place()))
+        assert values.shape == (shape[0], N_SAMPLE, K + 1)
+    elif op == "excess":
+        excess, _ = benchmark(search_rows)
+        assert excess.shape == (shape[0], 1)
+    else:
+        excess, classes = search_rows()
+        gradient, columns = ops.kernel(op, backend), Slice(0, shape[1], scores.dtype)
+        grad = benchmark(gradient, torch.ones_like(excess), classes, labels.target, labels.ignore_index, *columns)
+        assert grad.shape == scores.shape

@@ -1,10 +1,10 @@
-"""What the Triton kernels compile to, without a GPU: registers, spills, instructions, what must not be there; floors.
+"""Inspects the compiled Triton kernels without a GPU, and computes times below which no step can be.
 
 The launchers run as they do on a device, with a driver that compiles for a named architecture and launches nothing.
-PTX is searched for what would break the noise contract: fused multiply-adds and approximate instructions.
+No PTX may have fused multiply-adds or approximate instructions, which would break the noise contract.
 
-    python benchmarks/triton_static.py              # writes results/triton_static.json, with floors of a step
-    python benchmarks/triton_static.py --quick      # fewer of them; what the tests read
+    python -m benchmarks.triton_static              # writes results/triton_static.json, with floors of a step
+    python -m benchmarks.triton_static --quick      # fewer kernels, as JSON, which the tests read
 """
 
 import argparse
@@ -14,42 +14,58 @@ import re
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 if os.environ.pop("TRITON_INTERPRET", None):
-    os.execv(sys.executable, [sys.executable, *sys.argv])  # the interpreter compiles nothing
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # the interpreter compiles nothing
 
 import torch
 import triton
 import triton.language as tl
+from topk_fast.triton_kernels import contenders, gradient, launch, noise, search
 from triton.backends.compiler import GPUTarget
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from topk_fast.triton_kernels import contenders, gradient, launch, noise, search  # noqa: E402
-
-from topk_fast import functional, reference  # noqa: E402
+from benchmarks import RESULTS
+from examples.machine import stamp
+from topk_fast import functional, reference
 
 KERNELS = (contenders.collect_kernel, search.search_kernel, gradient.gradient_kernel)
-RESULT = ROOT / "benchmarks" / "results" / "triton_static.json"
+LAWS = ("normal", "gumbel")
+RESULT = RESULTS / "triton_static.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# (N, L, dtype, k, n_sample, sampler): the table's block shapes, aligned rows and not, split rows, both samplers.
+
+
+class Case(NamedTuple):
+    """A step that is compiled: a search for the excesses at ``ranks``, and their gradient."""
+
+    n_rows: int
+    n_classes: int
+    dtype: torch.dtype
+    ranks: tuple[int, ...]
+    n_sample: int
+    law: str = "normal"
+    sampler: str = "thinned"
+    exclude_target: bool = False
+
+
+# The table's block shapes, aligned rows and not, split rows, both laws and samplers, one rank and several.
 CASES = [
-    (1024, 1000, torch.float32, 6, 5, "thinned"),
-    (1024, 10_000, torch.bfloat16, 6, 5, "thinned"),
-    (8192, 32_768, torch.bfloat16, 6, 10, "thinned"),
-    (2048, 131_072, torch.float32, 6, 10, "thinned"),
-    (64, 1_000_000, torch.bfloat16, 6, 10, "thinned"),
-    (1024, 24_661, torch.float16, 21, 32, "thinned"),
-    (64, 131_072, torch.float32, 101, 64, "thinned"),
-    (64, 2_000, torch.float32, 6, 5, "dense"),
+    Case(1024, 1000, torch.float32, (6,), 5),
+    Case(1024, 10_000, torch.bfloat16, (6,), 5),
+    Case(8192, 32_768, torch.bfloat16, (6,), 10),
+    Case(2048, 131_072, torch.float32, (6,), 10),
+    Case(64, 1_000_000, torch.bfloat16, (6,), 10),
+    Case(1024, 24_661, torch.float16, (21,), 32),
+    Case(64, 131_072, torch.float32, (101,), 64),
+    Case(64, 2_000, torch.float32, (6,), 5, sampler="dense"),
+    Case(8192, 32_768, torch.bfloat16, (1,), 16, law="gumbel"),
+    Case(1024, 1000, torch.float32, (2, 4, 6), 5, exclude_target=True),
 ]
 # (N, L, k, n_sample, epsilon, bytes of a score) of the floors.
 PREDICTED = [
@@ -58,7 +74,7 @@ PREDICTED = [
     for itemsize in (4, 2)
     for epsilon in (1.0, 0.1)
 ]
-QUICK = [CASES[i] for i in (0, 2, 4, 5, 7)]
+QUICK = [CASES[i] for i in (2, 4, 5, 7, 8, 9)]
 
 
 class Compiler:
@@ -85,12 +101,9 @@ class Compiler:
     def launcher_cls(self, source, metadata):
         return lambda *args: None
 
-    def get_benchmarker(self):
-        return lambda run, quantiles: (run(), [1.0] * len(quantiles))[1]
-
 
 def compiled(target: GPUTarget, label, run, kernels=KERNELS) -> list:
-    """What ``run()`` launches of ``kernels``, compiled for ``target``; ``label`` names the run."""
+    """The kernels among ``kernels`` that ``run()`` launches, compiled for ``target``; ``label`` names the run."""
     device = (target.backend, target.arch, label)
     triton.runtime.driver.set_active(Compiler(target, device))
     launch.HIP, launch.processors = target.backend == "hip", lambda device: 132  # those of an H100
@@ -98,16 +111,17 @@ def compiled(target: GPUTarget, label, run, kernels=KERNELS) -> list:
     return [kernel for function in kernels for kernel in function.device_caches[device][0].values()]
 
 
-def steps(n, length, dtype, k, n_sample, sampler):
-    """The launches of a loss with its backward; nothing reads these tensors."""
-    scores = torch.empty(n, length, dtype=dtype)
-    target, seed = torch.zeros(n, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    losses, classes, _ = launch.loss(scores, target, None, seed, k, 1.0, n_sample, 1.0, -100, sampler == "dense")
-    launch.gradient(losses, losses, classes, target, 1.0, 0, length, dtype)
+def steps(case: Case):
+    """The launches of a step; nothing reads these tensors."""
+    scores = torch.empty(case.n_rows, case.n_classes, dtype=case.dtype)
+    target, seed = torch.zeros(case.n_rows, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    search = (seed, case.ranks, 1.0, None, case.n_sample, LAWS.index(case.law), case.sampler == "dense")
+    excess, classes = launch.excess(scores, *search, target, -100, case.exclude_target)
+    launch.gradient(excess, classes, target, -100, 0, case.n_classes, case.dtype)
 
 
 def inspected(kernel, tool: str, option: str) -> str:
-    """What one of NVIDIA's tools prints of a kernel's machine code."""
+    """The output of one of NVIDIA's tools for a kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -189,9 +203,11 @@ def stage_costs() -> dict:
         for each in (8, 16):
             options = {"STAGE": stage, "EACH": each, "enable_fp_fusion": False, "num_warps": 2}
             (kernel,) = compiled(
-                TARGETS["sm_90"], (stage, each), lambda o=options: stage_kernel[1,](x, x, 1000, 1.0, seed, **o),
+                TARGETS["sm_90"],
+                (stage, each),
+                lambda o=options: stage_kernel[1,](x, x, 1000, 1.0, seed, **o),
                 [stage_kernel],
-            )  # fmt: skip
+            )
             sizes.append(len(instructions(kernel)))
         costs[stage] = (sizes[1] - sizes[0]) / 8
     return costs
@@ -201,7 +217,7 @@ def work(length: int, k: int, n_sample: int, epsilon: float, rows: int = 8) -> d
     """Means over N(0, 1) rows: contenders, words that pass the bound, arrivals; the last two of one sample."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(rows, length, generator=generator)
-    cut = reference.cut(scores, k)
+    cut = reference.cut_of(scores, k)
     values, _ = functional.noised_topk_candidates(scores, k, epsilon, n_sample, seed=1)
     level = (values[..., -1].double() - cut[:, None]) / epsilon
     arrivals = (-torch.special.log_ndtr(level) * length).mean().item()  # of a process of rate L, down to that level
@@ -241,13 +257,18 @@ def floors(counts: dict, per_row: float, n, length, k, n_sample, epsilon, itemsi
     """A case, its `work`, and the times below which no step can be, with ``per_row`` instructions of a warp a row."""
     bytes_ = n * (2 * length * itemsize + 32 * n_sample * counts["arrivals"])
     return {
-        "N": n, "L": length, "k": k, "n_sample": n_sample, "epsilon": epsilon, "itemsize": itemsize,
+        "N": n,
+        "L": length,
+        "k": k,
+        "n_sample": n_sample,
+        "epsilon": epsilon,
+        "itemsize": itemsize,
         **{name: round(value, 1) for name, value in counts.items()},
         "warp_instructions_a_row": round(per_row),
         "floor_bytes_ms": bytes_ / 3.0e12 * 1e3,
         "floor_instructions_ms": n * per_row / (132 * 4 * 1.755e9) * 1e3,
         "floor_copy_ms": 2 * n * length * itemsize / 3.0e12 * 1e3,
-    }  # fmt: skip
+    }
 
 
 def main():
@@ -257,22 +278,16 @@ def main():
     report = []
     for name, target in TARGETS.items():
         for i, case in enumerate(QUICK if arguments.quick else CASES):
-            for kernel in compiled(target, i, lambda case=case: steps(*case)):
-                shape = dict(zip(("N", "L", "dtype", "k", "n_sample", "sampler"), map(str, case)))
+            for kernel in compiled(target, i, lambda case=case: steps(case)):
+                shape = {field: str(value) for field, value in case._asdict().items()}
                 report.append(shape | {"target": name} | facts(kernel))
     if arguments.quick:
         print(json.dumps(report, indent=1))
         return
     costs = stage_costs()
     predictions = [prediction(costs, *case) for case in PREDICTED]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    environment = {
-        "triton": triton.__version__,
-        "commit": commit.stdout.strip(),
-        "command": "python " + " ".join(sys.argv),
-    }
-    environment["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    environment["note"] = "compiled and counted, not run: no GPU took part"
+    note = "compiled and counted, not run: no GPU took part"
+    environment = {"triton": triton.__version__, **stamp(), "note": note}
     result = {"environment": environment, "instructions_of_a_lane": costs, "floors": predictions, "kernels": report}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     for row in predictions:

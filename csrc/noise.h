@@ -1,4 +1,4 @@
-// The noise contract, version 1: Philox4x32-10 words to Gaussian draws and to arrivals of a Poisson process.
+// The noise contract, version 2: Philox4x32-10 words to draws of two laws and to arrivals of a Poisson process.
 //
 // topk_fast/noise.py holds the same functions in torch and the contract's text; tests/known_answers.json pins
 // every one of them bit for bit. Host and device code, no torch headers.
@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 #include <string.h>
+
+#include "request.h"
 
 #if defined(__CUDACC__)
 #define TOPK_FAST_FN __host__ __device__ static __forceinline__
@@ -169,11 +171,58 @@ TOPK_FAST_FN typename O::F hazard_quantile(typename O::F e) {
   return p > 0.5f ? -z : z;
 }
 
-// An Exp(1) gap between arrivals in units of 2^-24: integers, so that sums are exact in any order.
+// The z with -ln F(z) = e for Gumbel's law less its mean, Euler's constant: the level of the arrival at time e > 0.
+template <class O>
+TOPK_FAST_FN typename O::F gumbel_level(typename O::F e) {
+  return -ln<O>(e) - 0.5772157f;
+}
+
+// A draw from Gumbel's law less its mean; it falls as the word grows. e is -ln(1 - p) for the upper tail, else -ln p.
+template <class O>
+TOPK_FAST_FN typename O::F gumbel(typename O::I w) {
+  const auto s = w >> 31;
+  const auto p = (O::convert(w ^ s) + 0.5f) * 2.3283064365386963e-10f;
+  const auto q = p / (2.0f - p);
+  const auto t = q * q;
+  auto e = t * 0.11111111f + 0.14285715f;
+  e = e * t + 0.2f;
+  e = e * t + 0.33333334f;
+  e = e * t + 1.0f;
+  e = (2.0f * q) * e;
+  if (O::any(s != 0)) e = s == 0 ? e : -ln<O>(p);
+  return gumbel_level<O>(e);
+}
+
+// A law of the noise: a draw from a word, and the level of an arrival from its time.
+struct NormalLaw {
+  static constexpr Law kLaw = Law::kNormal;
+  template <class O>
+  TOPK_FAST_MEMBER typename O::F draw(typename O::I w) {
+    return normal<O>(w);
+  }
+  template <class O>
+  TOPK_FAST_MEMBER typename O::F level(typename O::F e) {
+    return hazard_quantile<O>(e);
+  }
+};
+
+struct GumbelLaw {
+  static constexpr Law kLaw = Law::kGumbel;
+  template <class O>
+  TOPK_FAST_MEMBER typename O::F draw(typename O::I w) {
+    return gumbel<O>(w);
+  }
+  template <class O>
+  TOPK_FAST_MEMBER typename O::F level(typename O::F e) {
+    return gumbel_level<O>(e);
+  }
+};
+
+// An Exp(1) gap between arrivals in units of 2^-24, at least 1: integers, so that sums are exact in any order.
 template <class O>
 TOPK_FAST_FN typename O::I gap(typename O::I w) {
   const auto u = (O::convert((w >> 1) & 0x7fffffff) + 0.5f) * 4.656612873077393e-10f;
-  return O::truncate(-ln<O>(u) * 16777216.0f);
+  return O::truncate(-ln<O>(u) * 16777216.0f) + 1;
 }
 
 // Time of an arrival from the sum of its gaps; inverse_l = 1.0f / (float)L.
@@ -181,11 +230,22 @@ TOPK_FAST_FN float arrival_time(int64_t gaps, float inverse_l) {
   return ((float)gaps * 5.9604644775390625e-08f) * inverse_l;
 }
 
+// The largest integer whose square is at most x.
+TOPK_FAST_FN int64_t integer_root(int64_t x) {
+  int64_t root = (int64_t)__builtin_sqrt((double)x);
+  while (root * root > x) --root;
+  while ((root + 1) * (root + 1) <= x) ++root;
+  return root;
+}
+
 // Which classes get a draw of their own; noise.py's `plan` has the words.
-TOPK_FAST_FN Plan plan(int64_t n_classes, int64_t k) {
-  int64_t root = (int64_t)__builtin_sqrt((double)(4 * n_classes));
-  root -= root * root > 4 * n_classes;
-  int64_t m = root > 4 * k ? root : 4 * k;
+TOPK_FAST_FN Plan plan(int64_t n_classes, int64_t k, Law law) {
+  int64_t m = integer_root(4 * n_classes);
+  if (law == Law::kGumbel) {
+    const int64_t few = integer_root(k * n_classes / 2);
+    m = few < m ? few : m;
+  }
+  m = m > 4 * k ? m : 4 * k;
   m = m > 32 ? m : 32;
   if (n_classes < 2 * m) return {true, m, 1, 1, 1};
   int64_t g = 1;

@@ -19,6 +19,14 @@ namespace topk_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// "[2, 3]"
+template <class Sizes>
+std::string shape_string(const Sizes& sizes) {
+  std::string shape;
+  for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + shape + "]";
+}
+
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device_type, int32_t device_index) {
   int64_t strides[3] = {}, step = 1;
   for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= sizes.begin()[i];
@@ -26,11 +34,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int3
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   // The code of an error says nothing; what torch said of it is lost here.
   if (aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, type, device_type, device_index,
-                               &handle) != AOTI_TORCH_SUCCESS) {
-    std::string shape;
-    for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    STD_TORCH_CHECK(false, "topk_fast: out of memory: a tensor of shape [", shape, "] cannot be allocated");
-  }
+                               &handle) != AOTI_TORCH_SUCCESS)
+    STD_TORCH_CHECK(false, "topk_fast: out of memory: a tensor of shape ", shape_string(sizes), " cannot be allocated");
   return Tensor(handle);
 }
 

@@ -1,6 +1,7 @@
 // The contract's functions (noise.h) and the bounds (bounds.h) over arrays, for the tests: C functions of the binary
 // _C, called through ctypes (tests/testing.py), so that what is tested is what is installed.
 #include "bounds.h"
+#include "scalar.h"
 
 using namespace topk_fast;
 
@@ -25,6 +26,14 @@ TOPK_FAST_HOOK topk_fast_normal(const uint32_t* words, int64_t n, float* out) {
   map(words, n, out, [](uint32_t w) { return normal<Scalar>((int32_t)w); });
 }
 
+TOPK_FAST_HOOK topk_fast_gumbel(const uint32_t* words, int64_t n, float* out) {
+  map(words, n, out, [](uint32_t w) { return gumbel<Scalar>((int32_t)w); });
+}
+
+TOPK_FAST_HOOK topk_fast_gumbel_level(const float* e, int64_t n, float* out) {
+  map(e, n, out, [](float v) { return gumbel_level<Scalar>(v); });
+}
+
 TOPK_FAST_HOOK topk_fast_gap(const uint32_t* words, int64_t n, int32_t* out) {
   map(words, n, out, [](uint32_t w) { return gap<Scalar>((int32_t)w); });
 }
@@ -41,16 +50,38 @@ TOPK_FAST_HOOK topk_fast_hazard_quantile(const float* e, int64_t n, float* out) 
   map(e, n, out, [](float v) { return hazard_quantile<Scalar>(v); });
 }
 
-TOPK_FAST_HOOK topk_fast_word_bound(const float* scores, int64_t n, int32_t* out, float reach, double epsilon) {
-  map(scores, n, out, [=](float s) { return word_bound<Scalar>(s, reach, bound_epsilon(epsilon)); });
+TOPK_FAST_HOOK topk_fast_word_bound(const float* scores, int64_t n, int32_t* out, float reach, double epsilon,
+                                    int32_t law) {
+  const float e = bound_epsilon(epsilon);
+  map(scores, n, out, [=](float s) {
+    return (Law)law == Law::kGumbel ? word_bound<GumbelLaw, Scalar>(s, reach, e)
+                                    : word_bound<NormalLaw, Scalar>(s, reach, e);
+  });
 }
 
-TOPK_FAST_HOOK topk_fast_time_bound(const float* cuts, int64_t n, float* out, float reach, double epsilon) {
-  map(cuts, n, out, [=](float c) { return time_bound<Scalar>(c, reach, bound_epsilon(epsilon)); });
+TOPK_FAST_HOOK topk_fast_time_bound(const float* cuts, int64_t n, float* out, float reach, double epsilon,
+                                    int32_t law) {
+  const float e = bound_epsilon(epsilon);
+  map(cuts, n, out, [=](float c) {
+    return (Law)law == Law::kGumbel ? time_bound<GumbelLaw, Scalar>(c, reach, e)
+                                    : time_bound<NormalLaw, Scalar>(c, reach, e);
+  });
 }
 
 // out: whether every class gets a draw of its own, then group, stride and rank.
-TOPK_FAST_HOOK topk_fast_plan(int64_t n_classes, int64_t k, int64_t* out) {
-  const Plan p = plan(n_classes, k);
+TOPK_FAST_HOOK topk_fast_plan(int64_t n_classes, int64_t k, int32_t law, int64_t* out) {
+  const Plan p = plan(n_classes, k, (Law)law);
   out[0] = p.all, out[1] = p.group, out[2] = p.stride, out[3] = p.rank;
+}
+
+TOPK_FAST_HOOK topk_fast_widen_half(const uint16_t* bits, int64_t n, float* out) {
+  map(bits, n, out, [](uint16_t b) { return widen(Half{b}); });
+}
+
+TOPK_FAST_HOOK topk_fast_round_to_half(const float* x, int64_t n, uint16_t* out) {
+  map(x, n, out, [](float v) {
+    Half h;
+    round_to(v, &h);
+    return h.bits;
+  });
 }

@@ -1,26 +1,19 @@
-"""Draws the pictures of these pages, from the sampler's own functions: ``python docs/pictures.py [FOLDER]``.
+"""Draws the pictures of these pages from the sampler's own functions: ``python docs/pictures.py [FOLDER]``.
 
-One row of scores serves all pictures. They have no background and mid-grey axes, for light and dark pages.
+One row of scores serves all pictures.
 """
 
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 
+from benchmarks.style import COLOURS, GREY, save_svg
 from topk_fast import functional, noise, reference
+from topk_fast.request import Noise
 
-matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402  after the choice of a backend
-
-GREY, BLUE, RED, GREEN, PINK = "#808080", "#3b8fd0", "#d55e00", "#009e73", "#cc79a7"
-STYLE = {
-    "svg.hashsalt": "topk_fast", "svg.fonttype": "path", "figure.constrained_layout.use": True, "font.size": 9,
-    "text.color": GREY, "axes.edgecolor": GREY, "axes.labelcolor": GREY, "axes.titlecolor": GREY, "axes.titlesize": 9,
-    "xtick.color": GREY, "ytick.color": GREY, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "lines.linewidth": 1.4,
-}  # fmt: skip
+RED, BLUE, PINK, GREEN = COLOURS[:4]
+ARROW = {"arrowstyle": "->", "color": GREY}
 N_CLASSES, RANK, EPSILON, SEED = 1000, 6, 1.0, torch.tensor(16)  # the losses with K = 5 search for rank 6
 
 
@@ -31,13 +24,14 @@ def row_of_scores():
 
 
 def walk(scores):
-    """One sample of one row, as ``reference.candidates`` searches it, with what it saw on the way.
+    """One sample of one row, as ``reference.candidates`` searches it, with the steps on the way.
 
     Returns the cut, the contenders and their noised scores as a dict, and for each arrival its class, noised score,
     the bound ``cut + epsilon * z`` and the k-th best before it; the last arrival is the one that stops the walk.
     """
     n_classes = scores.shape[1]
-    cut = reference.cut(scores, RANK)[0]
+    wanted = Noise(SEED, (RANK,), EPSILON, None, n_sample=1, law=noise.NORMAL, dense=False)
+    cut = reference.cut_of(scores, RANK)[0]
     noised = scores[0] + reference.dense_noise(torch.arange(1), n_classes, 1, SEED)[0, 0] * EPSILON
     drawn = {name: float(noised[name]) for name in (scores[0] > cut).nonzero()[:, 0].tolist()}
     best = dict(sorted(drawn.items(), key=lambda item: -item[1])[:RANK])
@@ -46,7 +40,7 @@ def walk(scores):
         words = noise.philox(torch.tensor(j // 2), 0, 0, 1, SEED)[2 * (j % 2) : 2 * (j % 2) + 2]
         elapsed = elapsed + noise.gap(words[0])
         name = int(words[1] * n_classes >> 32)
-        shift = noise.hazard_quantile(noise.arrival_time(elapsed, n_classes)) * EPSILON
+        shift = noise.LAWS[noise.NORMAL].level(noise.arrival_time(elapsed, n_classes)) * EPSILON
         value, bound, threshold = float(scores[0, name] + shift), float(cut + shift), min(best.values())
         arrivals.append((name, value, bound, threshold))
         if not bound > threshold:
@@ -54,7 +48,7 @@ def walk(scores):
         if name not in drawn and name not in best and value > threshold:
             del best[min(best, key=best.get)]
             best[name] = value
-    values, classes = reference.candidates(scores, SEED, RANK, EPSILON, 1, 0, 0, False)
+    values, classes = reference.candidates(scores, wanted)
     if sorted(best.items(), key=lambda item: -item[1]) != list(zip(classes[0, 0].tolist(), values[0, 0].tolist())):
         raise AssertionError("the picture's walk is not the sampler's")
     return float(cut), drawn, arrivals
@@ -87,8 +81,8 @@ def draw_sampler(figure):
     skipped = [(i, a[1]) for i, a in enumerate(arrivals[:-1], 1) if a[0] in drawn]
     right.plot(*zip(*tried), ".", color=RED, label="its noised score")
     right.plot(*zip(*skipped), "x", color=GREY, markersize=4, label="on a contender: skipped")
-    right.annotate("stop", (len(arrivals), arrivals[-1][2]), (len(arrivals), arrivals[-1][2] - 1.5), color=GREY,
-                   ha="right", arrowprops={"arrowstyle": "->", "color": GREY})  # fmt: skip
+    end = (len(arrivals), arrivals[-1][2])
+    right.annotate("stop", end, (end[0], end[1] - 1.5), color=GREY, ha="right", arrowprops=ARROW)
     right.set(xlabel="arrival")
     right.legend(loc="lower left")
 
@@ -128,10 +122,9 @@ def draw_entries(figure):
     label = f"balanced top-{RANK - 1} loss, B = 5: {len(here)} entries"
     axes.vlines(place[here], 1e-5, size[here], color=BLUE, linewidth=0.8)
     axes.plot(place[here], size[here], "o", color=BLUE, markersize=4, label=label)
-    axes.annotate("true class", (40, 1.0), (80, 0.9), color=GREY, va="center",
-                  arrowprops={"arrowstyle": "->", "color": GREY})  # fmt: skip
-    axes.set(xlabel="class, by rank of its score (log scale)", ylabel="size of the gradient's entry", xscale="log",
-             yscale="log", xlim=(0.9, 1100), ylim=(1e-5, 5))  # fmt: skip
+    axes.annotate("true class", (40, 1.0), (80, 0.9), color=GREY, va="center", arrowprops=ARROW)
+    axes.set(xscale="log", yscale="log", xlim=(0.9, 1100), ylim=(1e-5, 5))
+    axes.set(xlabel="class, by rank of its score (log scale)", ylabel="size of the gradient's entry")
     figure.legend(loc="outside upper left")
 
 
@@ -147,11 +140,7 @@ def main(folder=Path(__file__).parent / "img"):
     torch.set_num_threads(1)
     Path(folder).mkdir(exist_ok=True)
     for name, (draw, size) in PICTURES.items():
-        with plt.rc_context(STYLE):
-            figure = plt.figure(figsize=size)
-            draw(figure)
-            figure.savefig(Path(folder) / f"{name}.svg", transparent=True, metadata={"Date": None})
-            plt.close(figure)
+        save_svg(draw, size, Path(folder) / f"{name}.svg")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ gradient for SparseAdam, and prints time, memory and accuracy of both.
     python examples/all_species.py                                            # both, one process
     torchrun --nproc-per-node 2 examples/all_species.py --losses topk         # the classes over two processes
 
-With `--sampler dense --seed 0` any number of processes gives the losses of one, but for rounding: compare the JSON files.
-Each process sees the same batches: what is sharded is the classifier, not the data.
+With `--sampler dense --seed 0`, any number of processes computes the losses of one except for rounding, as the JSON
+files show. Each process sees the same batches: the classifier is sharded, not the data.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +26,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import species
-from dataset import Dataset
-from report import environment, table
+from data_sets import species
+from data_sets.dataset import Dataset, shuffle_within_classes
+from machine import PeakMemory, environment
+from report import table
 from topk_fast import LinearBalNoisedTopK
+from training import take_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN, BATCH, K = 256, 256, 5
-LOGIT_ROWS = 64  # that are saved on request
+LOGIT_ROWS = 64  # test rows whose logits are saved on request
 TEST_SHARE = 4  # every fourth row of a species is a test row; a species with fewer has none
 LOSSES = ("topk", "cross-entropy")
-# Of the hidden layer and of the classifier; chosen by hand on validation rows (--validation), as epsilon was, for the best
-# top-5: from 16 settings of the top-K loss and 11 of cross-entropy.
+# The learning rates of the hidden layer and of the classifier were chosen by hand on validation rows (--validation), as
+# epsilon was, for the best top-5: from 16 settings of the top-K loss and 11 of cross-entropy.
 LEARNING_RATES = {"topk": (3e-4, 1e-2), "cross-entropy": (2e-4, 2e-3)}
 
 
 class LinearCrossEntropy(nn.Linear):
-    """The plain form: all logits, then their cross-entropy."""
+    """The plain form, which computes all logits and then their cross-entropy."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(super().forward(input), target)
@@ -54,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", choices=LOSSES, nargs="+", default=LOSSES)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--steps", type=int, help="stop each training after so many")
+    parser.add_argument("--steps", type=int, help="stop each training after this many")
     parser.add_argument("--epsilon", type=float, default=5.0)
     parser.add_argument("--lr", type=float, nargs=2, help=f"hidden layer's and classifier's; default {LEARNING_RATES}")
     parser.add_argument("--sampler", choices=["thinned", "dense"], default="thinned")
@@ -74,46 +77,20 @@ def arguments() -> argparse.Namespace:
 
 
 def split(target: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows for training and for the test: every fourth row of a species, in random order, is for the test."""
-    order = np.random.default_rng(seed).permutation(len(target))
-    order = order[np.argsort(target[order], kind="stable")]
-    count = np.bincount(target)
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
+    """Rows for training and for the test; every fourth row of a species, in random order, is a test row."""
+    order, rank = shuffle_within_classes(target, seed)
     chosen = rank % TEST_SHARE == TEST_SHARE - 1
     return torch.from_numpy(order[~chosen]), torch.from_numpy(order[chosen])
 
 
 def features(data: Dataset, rows: Tensor) -> Tensor:
-    """As `Dataset.features`, of some rows alone."""
-    x = torch.from_numpy(data.inputs[data.group[rows.numpy()]]).float().sqrt_()
-    return nn.functional.normalize(x).mul_(x.shape[1] ** 0.5)
-
-
-class Memory:
-    """Peak of this process's memory above what it holds now, in MiB; None where /proc does not tell."""
-
-    def __init__(self):
-        self.before = self._read("VmRSS")
-
-    @staticmethod
-    def _read(field: str) -> float | None:
-        status = Path("/proc/self/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(field)), None)
-
-    def reset(self) -> None:
-        """Forget earlier peaks."""
-        if self.before is not None:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> float | None:
-        return None if self.before is None else self._read("VmHWM") - self.before
+    return data.features(data.group[rows.numpy()])
 
 
 def train(
-    name: str, data: Dataset, rows: Tensor, args: argparse.Namespace, group, memory: Memory
+    name: str, data: Dataset, rows: Tensor, args: argparse.Namespace, group, memory: PeakMemory
 ) -> tuple[nn.Module, nn.Module, dict]:
-    """The hidden layer, the classifier with its loss, and what the training took."""
+    """The trained hidden layer and classifier, and the losses, times and peak memory of training."""
     torch.manual_seed(args.seed)
     hidden = nn.Sequential(nn.Linear(data.inputs.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.5))
     n_classes, (lr, lr_head) = len(data.classes), args.lr or LEARNING_RATES[name]
@@ -128,34 +105,32 @@ def train(
     else:
         head = LinearCrossEntropy(HIDDEN, n_classes, bias=False)
         optimizers = [torch.optim.AdamW(hidden.parameters(), lr), torch.optim.Adam(head.parameters(), lr_head)]
-    target, steps, losses = torch.from_numpy(data.target), 0, []
+    target = torch.from_numpy(data.target)
+
+    def loss_of(numbers: Tensor) -> Tensor:
+        batch = rows[numbers]
+        return head(hidden(features(data, batch)), target[batch])
+
     total = min(args.epochs * -(-len(rows) // BATCH), args.steps or sys.maxsize)
+    steps, losses = islice(take_steps(loss_of, len(rows), BATCH, optimizers), total), []
     memory.reset()
     start, spent = time.perf_counter(), time.process_time()
-    with tqdm(total=total, desc=name, unit="step", disable=group is not None and group.rank() > 0) as bar:
-        while steps < total:
-            for batch in rows[torch.randperm(len(rows))].split(BATCH)[: total - steps]:
-                loss = head(hidden(features(data, batch)), target[batch])
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                losses.append(loss.item())
-                steps += 1
-                bar.update()
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    with tqdm(steps, name, total, unit="step", disable=group is not None and group.rank() > 0) as bar:
+        for loss in bar:
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    peak = memory.peak()
     took = {
-        "ms a step": 1e3 * (time.perf_counter() - start) / steps,
-        "CPU ms a step": 1e3 * (time.process_time() - spent) / steps,
-        "peak MiB": memory.peak(),
+        "ms a step": 1e3 * (time.perf_counter() - start) / total,
+        "CPU ms a step": 1e3 * (time.process_time() - spent) / total,
+        "peak MiB": None if peak is None else peak / 2**20,
     }
     return hidden.eval(), head, {"losses": losses} | took
 
 
 @torch.no_grad()
 def save_logits(path: Path, hidden: nn.Module, head: nn.Linear, data: Dataset, rows: Tensor) -> None:
-    """Logits (float16) and target of some rows, for benchmarks on scores as training makes them."""
+    """Saves logits (float16) and target of some rows, for benchmarks on scores that come from training."""
     logits = nn.functional.linear(hidden(features(data, rows)), head.weight, head.bias)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"logits": logits.half(), "target": torch.from_numpy(data.target)[rows]}, path)
@@ -189,8 +164,8 @@ def main() -> None:
     facts["seen once"] = float((count == 1).float().mean())
     if talks:
         print(f"{facts['rows']:,} rows of {facts['classes']:,} species, {facts['seen once']:.0%} of them seen once")
-    result = environment() | facts | {"processes": 1 if group is None else group.size(), "losses": {}}
-    memory = Memory()
+    result = {"environment": environment()} | facts | {"processes": 1 if group is None else group.size(), "losses": {}}
+    memory = PeakMemory()
     for name in args.losses:
         hidden, head, took = train(name, data, train_rows, args, group, memory)
         result["losses"][name] = took | accuracy(hidden, head, data, test_rows)

@@ -1,18 +1,18 @@
-"""The settings the demo runs with, and the classes whose guesses it prints."""
+"""The settings of the demo, and the classes whose guesses it prints."""
 
 from training import BALANCED, CROSS_ENTROPY, IMBALANCED, Settings
 
-# Each is the best of 16 trials on validation rows: benchmarks/results/demo_tuning.json, written by
-# `demo.py --tune --out benchmarks/results`.
+# Each is the best of 16 trials on validation rows. `demo.py --tune --out benchmarks/results` wrote the trials to
+# benchmarks/results/demo_tuning.json.
 SPECIES = {
     CROSS_ENTROPY: Settings(lr=0.0011, weight_decay=0.84),
     BALANCED: Settings(lr=0.0024, weight_decay=0.008, epsilon=1.2),
     IMBALANCED: Settings(lr=0.011, weight_decay=0.36, epsilon=0.016, max_m=0.08),
 }
-# Taken over from the species, not searched for.
+# These are the species' settings; no hyper-parameter search was run on the glyphs.
 GLYPHS = SPECIES
 DEFAULTS = {"species": SPECIES, "glyphs": GLYPHS}
-# As many as fit into about three minutes; the glyphs have three times the rows and four times the classes.
+# The demo takes about three minutes with either; the glyphs have three times the rows and four times the classes.
 EPOCHS = {"species": 30, "glyphs": 4}
 WELL_KNOWN = {
     "species": (

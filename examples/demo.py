@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import glyphs
-import search
-import species
-from dataset import Dataset, Split, split_rows
+import tuning
+from data_sets import glyphs, species
+from data_sets.dataset import Dataset, Split, split_rows
 from defaults import DEFAULTS, EPOCHS, WELL_KNOWN
 from evaluation import accuracies, by_frequency, curve, look_up, loss_step_ms, ranks
+from machine import environment
 from plot import draw
-from report import environment, guesses_text, table
-from training import BALANCED, BATCH, CROSS_ENTROPY, K, Settings, fit, make_loss, scores_of
+from report import guesses_text, table
+from training import BALANCED, BATCH, CROSS_ENTROPY, K, Rows, Settings, fit, make_loss, scores_of
 
 try:
     import pytopk
@@ -34,7 +34,7 @@ except ImportError:
     pytopk = None
 
 ROOT = Path(__file__).resolve().parent.parent
-SPLIT_SEED = 0  # fixed, so that no row the settings were chosen on is ever a test row
+SPLIT_SEED = 0  # fixed, so that no row on which settings were chosen is ever a test row
 
 
 def main() -> None:
@@ -53,7 +53,8 @@ def main() -> None:
     )
     suffix = "" if args.data == "species" else f"_{args.data}"
     args.out.mkdir(parents=True, exist_ok=True)
-    result = environment() | described | {"split_seed": SPLIT_SEED, "seed": args.seed, "epochs": args.epochs}
+    result = {"environment": environment()} | described
+    result |= {"split_seed": SPLIT_SEED, "seed": args.seed, "epochs": args.epochs}
     if args.tune:
         result |= tune(data, split, args)
         path = args.out / f"demo_tuning{suffix}.json"
@@ -96,28 +97,33 @@ def describe(data: Dataset, split: Split) -> dict:
     }
 
 
+def labelled_rows(data: Dataset) -> Rows:
+    target = torch.from_numpy(data.target)
+    return Rows(data.features(), torch.from_numpy(data.group), target, len(data.classes))
+
+
 def compare(data: Dataset, split: Split, args: argparse.Namespace) -> dict:
-    """Train under each loss on the training and validation rows, measure on the test rows, print and return it all."""
-    group, target, inputs = torch.from_numpy(data.group), torch.from_numpy(data.target), data.features()
-    n_classes = len(data.classes)
-    train, test = torch.from_numpy(np.concatenate([split.train, split.val])), torch.from_numpy(split.test)
-    count = target[train].bincount(minlength=n_classes)
-    unseen = ~torch.isin(group[test], group[train])
+    """Trains under each loss on the training and validation rows, measures on the test rows and prints the figures."""
+    rows = labelled_rows(data)
+    train = rows.take(torch.from_numpy(np.concatenate([split.train, split.val])))
+    test, count = rows.take(torch.from_numpy(split.test)), train.count()
+    unseen = ~torch.isin(test.group, train.group)
 
     def measure(scores: Tensor) -> dict:
-        return _measure(scores, target[test], count) | {"unseen": _measure(scores[unseen], target[test][unseen], count)}
+        target = test.target
+        return _measure(scores, target, count) | {"unseen": _measure(scores[unseen], target[unseen], count)}
 
     losses, guesses = {}, {}
     for name, settings in DEFAULTS[data.name].items():
         start = time.perf_counter()
-        model = fit(name, settings, inputs, group[train], target[train], n_classes, args.epochs, args.seed)
+        model = fit(name, settings, train, args.epochs, args.seed)
         seconds = round(time.perf_counter() - start, 1)
-        scores = scores_of(model, inputs, group[test])
-        step = step_times(name, settings, count, scores[:BATCH], target[test[:BATCH]])
+        scores = scores_of(model, test)
+        step = step_times(name, settings, count, scores[:BATCH], test.target[:BATCH])
         losses[name] = {"settings": asdict(settings), "train_seconds": seconds, "step_ms": step, **measure(scores)}
         guesses[name] = well_known(data, split.test, scores)
-    learned_nothing = measure(look_up(group[test], group[train], target[train], n_classes))
-    show(losses | {"look-up": learned_nothing}, losses, guesses, len(test), int(unseen.sum()))
+    learned_nothing = measure(look_up(test.group, train.group, train.target, train.n_classes))
+    show(losses | {"look-up": learned_nothing}, losses, guesses, len(unseen), int(unseen.sum()))
     return {"unseen_rows": int(unseen.sum()), "losses": losses, "look_up": learned_nothing, "guesses": guesses}
 
 
@@ -131,7 +137,7 @@ def _measure(scores: Tensor, target: Tensor, count: Tensor) -> dict:
 
 
 def step_times(name: str, settings: Settings, count: Tensor, scores: Tensor, target: Tensor) -> dict[str, float | None]:
-    """Milliseconds of the loss alone on the trained scores of one batch, and of pytopk's where it is installed."""
+    """Milliseconds of the loss on the trained scores of one batch, and of pytopk's loss where it is installed."""
     theirs = pytopk is not None and name != CROSS_ENTROPY
     return {
         "loss ms": loss_step_ms(make_loss(name, settings, count), scores, target),
@@ -151,14 +157,15 @@ def well_known(data: Dataset, test: np.ndarray, scores: Tensor) -> dict[str, lis
 def show(rows: dict, losses: dict, guesses: dict, n_test: int, n_unseen: int) -> None:
     print(f"\nAccuracy on the {n_test:,} test rows, in percent (trained on the training and validation rows):")
     print(table({name: row["accuracy"] for name, row in rows.items()}))
-    print(f"\nThe same on the {n_unseen:,} test rows whose input does not stand in training:")
+    print(f"\nThe same on the {n_unseen:,} test rows whose input does not occur in training:")
     print(table({name: row["unseen"]["accuracy"] for name, row in rows.items()}))
     share = losses[CROSS_ENTROPY]["accuracy"]["top-5"]
     error = 100 * (share * (1 - share) / n_test) ** 0.5
     print("\nLook-up: no network, only the classes of the same input in training.")
     print("<20 rows: only the rows of classes with fewer than 20 training rows. Macro: the mean over classes.")
     print(f"One standard error of cross-entropy's top-5 over all rows: {error:.1f} points.")
-    print(f"\nTime of the loss alone ({BATCH} rows, both passes) and of training, {torch.get_num_threads()} threads:")
+    threads = torch.get_num_threads()
+    print(f"\nTime of the loss without the network ({BATCH} rows, both passes) and of training, {threads} threads:")
     times = {name: row["step_ms"] | {"training s": row["train_seconds"]} for name, row in losses.items()}
     print(table(times, unit=1, digits=2))
     print(f"\nFive guesses for one test row of some well-known classes ({BALANCED}; the right one in stars):")
@@ -166,13 +173,12 @@ def show(rows: dict, losses: dict, guesses: dict, n_test: int, n_unseen: int) ->
 
 
 def tune(data: Dataset, split: Split, args: argparse.Namespace) -> dict:
-    """The validation search and its table; touches no test row."""
-    group, target, inputs = torch.from_numpy(data.group), torch.from_numpy(data.target), data.features()
-    found = search.search(inputs, group, target, split, len(data.classes), args.trials, args.epochs, args.seed)
-    print(f"\nValidation accuracy, in percent; best {search.CRITERION} of each loss first:")
+    """Searches for the best settings on the validation rows, without any test row, and prints them."""
+    found = tuning.run_trials(labelled_rows(data), split, args.trials, args.epochs, args.seed)
+    print(f"\nValidation accuracy, in percent; best {tuning.CRITERION} of each loss first:")
     names = [" ".join(f"{k}={v}" for k, v in trial["settings"].items() if v is not None) for trial in found]
     print(table({f"{t['loss']}: {n}": t["accuracy"] for t, n in zip(found, names)}))
-    return {"criterion": search.CRITERION, "space": search.SPACE, "trials": found}
+    return {"criterion": tuning.CRITERION, "space": tuning.SPACE, "trials": found}
 
 
 if __name__ == "__main__":

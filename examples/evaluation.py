@@ -1,4 +1,4 @@
-"""What is measured: accuracies of scores, and the time of one loss step."""
+"""Accuracies of scores, and the time of one loss step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 FEW = (20, 10)  # a class is rare, few-shot, if it has fewer training rows than this
-BINS = (1, 5, 10, 20, 50)  # where the plot's bins of training rows begin
+BINS = (1, 5, 10, 20, 50)  # the smallest number of training rows in each bin of the plot
 
 
 def accuracies(scores: Tensor, target: Tensor, class_count: Tensor) -> dict[str, float | None]:
     """Top-1, 5 and 10 over rows, top-5 over classes (macro) and top-5 over the rows of rare classes.
 
     Args:
-        scores: [N, C]. target: [N]. class_count: [C], how many training rows each class has.
+        scores: [N, C]. target: [N]. class_count: [C], the number of training rows of each class.
 
     Returns:
-        One share in [0, 1] for each name; None where no row qualifies. Macro leaves out the classes without a row here.
+        One share in [0, 1] for each name; None where no row qualifies. Macro leaves out classes without a row.
     """
     everywhere = torch.ones_like(target, dtype=torch.bool)
     result = {f"top-{k}": _accuracy(scores, target, everywhere, k) for k in (1, 5, 10)}
@@ -40,7 +40,7 @@ def _accuracy(scores: Tensor, target: Tensor, rows: Tensor, k: int, average: str
 
 
 def look_up(group: Tensor, known_group: Tensor, known_target: Tensor, n_classes: int) -> Tensor:
-    """Scores without learning: how many known rows of the same input each class has, then how common the class is.
+    """Scores without learning: the number of known rows of the same input in each class, then the class's frequency.
 
     Args:
         group: [N], the inputs to score. known_group, known_target: the inputs and classes of the known rows.
@@ -57,7 +57,10 @@ def look_up(group: Tensor, known_group: Tensor, known_target: Tensor, n_classes:
 
 
 def ranks(scores: Tensor, target: Tensor) -> Tensor:
-    """How many other classes do not score lower than the true one: [N], 0 if it comes first; ties and NaN count against it."""
+    """The number of other classes that do not score lower than the true class: [N], 0 if it comes first.
+
+    Ties and NaN count against the true class.
+    """
     return (~(scores < scores.gather(1, target[:, None]))).sum(1) - 1
 
 
@@ -67,7 +70,7 @@ def curve(rank: Tensor, longest: int = 20) -> list[float]:
 
 
 def by_frequency(rank: Tensor, row_count: Tensor, k: int) -> list[dict]:
-    """Top-k accuracy in each bin of `row_count`, [N], how many training rows a row's class has; no empty bins."""
+    """Top-k accuracy by `row_count` [N], the number of training rows of a row's class, in bins that are not empty."""
     result = []
     for low, end in zip(BINS, (*BINS[1:], None)):
         inside = (row_count >= low) & (row_count < (end or float("inf")))
@@ -79,7 +82,7 @@ def by_frequency(rank: Tensor, row_count: Tensor, k: int) -> list[dict]:
 
 
 def loss_step_ms(loss_of: nn.Module, scores: Tensor, target: Tensor, seconds: float = 0.5) -> float:
-    """Median milliseconds of one forward and backward pass of the loss alone."""
+    """Median milliseconds of one forward and backward pass of the loss, without the network."""
     leaf = scores.detach().clone().requires_grad_()
     times = []
     end = time.perf_counter() + seconds

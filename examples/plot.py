@@ -11,12 +11,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import PercentFormatter  # noqa: E402
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; the markers do without colour.
+# Readers with colour blindness can tell Okabe and Ito's colours apart; the markers need no colour.
 STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"))
 
 
 def draw(result: dict, path: Path) -> None:
-    """Draw the `result` of a run, as stored in its JSON, to a PNG."""
+    """Draws the `result` of a run, which has the form of its JSON, to a PNG."""
     losses = result["losses"]
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")

@@ -1,8 +1,11 @@
-"""The network, the losses it is compared under, and one training run."""
+"""The network, the losses under which it is compared, and its training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +26,29 @@ LOSSES = (CROSS_ENTROPY, BALANCED, IMBALANCED)
 
 @dataclass(frozen=True)
 class Settings:
-    """What validation chooses; cross-entropy has no use for the last two, nor the balanced loss for the last."""
+    """The settings that validation chooses; cross-entropy does not use the last two, nor the balanced loss the last."""
 
     lr: float
     weight_decay: float
     epsilon: float | None = None
     max_m: float | None = None
+
+
+class Rows(NamedTuple):
+    """Labelled rows, several of which may share an input."""
+
+    inputs: Tensor  # [D, F] float32
+    group: Tensor  # [N] int64: the input of each row
+    target: Tensor  # [N] int64: the class of each row
+    n_classes: int
+
+    def take(self, numbers: Tensor) -> Rows:
+        """Some of the rows."""
+        return self._replace(group=self.group[numbers], target=self.target[numbers])
+
+    def count(self) -> Tensor:
+        """The number of rows of each class, [C]."""
+        return self.target.bincount(minlength=self.n_classes)
 
 
 def make_loss(name: str, settings: Settings, class_count: Tensor, package: object | None = None) -> nn.Module:
@@ -43,44 +63,65 @@ def make_loss(name: str, settings: Settings, class_count: Tensor, package: objec
 
 
 def make_model(name: str, n_features: int, n_classes: int) -> nn.Sequential:
-    """One hidden layer; the imbalanced loss, whose margins are cosines, gets a cosine head."""
+    """A network with one hidden layer; the imbalanced loss, whose margins are cosines, gets a cosine head."""
     head = NormedLinear if name == IMBALANCED else nn.Linear
     return nn.Sequential(nn.Linear(n_features, HIDDEN), nn.ReLU(), nn.Dropout(0.5), head(HIDDEN, n_classes))
 
 
-def fit(
-    name: str, settings: Settings, inputs: Tensor, group: Tensor, target: Tensor, n_classes: int, epochs: int, seed: int
-) -> nn.Sequential:
-    """Train on rows (inputs[group], target) for `epochs`, the learning rate falling to 0 along a half cosine.
+def take_steps(
+    loss_of: Callable[[Tensor], Tensor], n_rows: int, batch: int, optimizers: Sequence[torch.optim.Optimizer]
+) -> Iterator[Tensor]:
+    """Trains without end, one step for each loss that is asked for; every epoch has the rows in a new order.
 
     Args:
-        inputs: [D, F] float32. group, target: [N] int64.
+        loss_of: The loss of the rows with the given numbers.
     """
-    torch.manual_seed(seed)
-    model = make_model(name, inputs.shape[1], n_classes)
-    loss_of = make_loss(name, settings, target.bincount(minlength=n_classes))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    steps = -(-len(target) // BATCH) * epochs
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    with tqdm(total=steps, desc=name, unit="step") as bar:
-        for _ in range(epochs):
-            running = 0.0
-            batches = torch.randperm(len(target)).split(BATCH)
-            for rows in batches:
-                loss = loss_of(model(inputs[group[rows]]), target[rows])
+    while True:
+        for rows in torch.randperm(n_rows).split(batch):
+            loss = loss_of(rows)
+            for optimizer in optimizers:
                 optimizer.zero_grad()
-                loss.backward()
+            loss.backward()
+            for optimizer in optimizers:
                 optimizer.step()
-                schedule.step()
-                running += loss.detach() / len(batches)
-                bar.update()
-            bar.set_postfix(loss=f"{running:.3f}")
+            yield loss.detach()
+
+
+def train_epochs(
+    loss_of: Callable[[Tensor], Tensor], n_rows: int, batch: int, epochs: int, optimizer: torch.optim.Optimizer
+) -> Iterator[Tensor]:
+    """Trains for `epochs`, while the learning rate falls to 0 along a half cosine, and yields the loss of each step."""
+    steps = epochs * -(-n_rows // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for loss in islice(take_steps(loss_of, n_rows, batch, [optimizer]), steps):
+        schedule.step()
+        yield loss
+
+
+def fit(name: str, settings: Settings, rows: Rows, epochs: int, seed: int) -> nn.Sequential:
+    """Trains a network as `train_epochs` does, with a bar that shows the mean loss of each epoch."""
+    torch.manual_seed(seed)
+    model = make_model(name, rows.inputs.shape[1], rows.n_classes)
+    loss_of = make_loss(name, settings, rows.count())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    model.train()
+
+    def loss_of_batch(batch: Tensor) -> Tensor:
+        return loss_of(model(rows.inputs[rows.group[batch]]), rows.target[batch])
+
+    losses = train_epochs(loss_of_batch, len(rows.target), BATCH, epochs, optimizer)
+    per_epoch, running = -(-len(rows.target) // BATCH), 0.0
+    with tqdm(losses, name, total=per_epoch * epochs, unit="step") as bar:
+        for step, loss in enumerate(bar, 1):
+            running += loss / per_epoch
+            if step % per_epoch == 0:
+                bar.set_postfix(loss=f"{running:.3f}")
+                running = 0.0
     return model.eval()
 
 
 @torch.no_grad()
-def scores_of(model: nn.Module, inputs: Tensor, group: Tensor) -> Tensor:
-    """Scores of rows, the network run once for each distinct input: [N, C]."""
-    used, position = group.unique(return_inverse=True)
-    return model(inputs[used])[position]
+def scores_of(model: nn.Module, rows: Rows) -> Tensor:
+    """Scores of rows, [N, C]; the network runs once for each distinct input."""
+    used, position = rows.group.unique(return_inverse=True)
+    return model(rows.inputs[used])[position]

@@ -12,7 +12,8 @@ import torch
 from topk_fast import available_backends, noise, reference
 
 ROOT = Path(__file__).resolve().parent.parent
-# Tests of all backends run on the fast ones. Triton's are in test_triton.py, because its interpreter takes a second a row.
+# Tests of all backends run on the fast ones. Triton's are in test_triton.py, because its interpreter takes a second a
+# row.
 BACKENDS = [name for name in available_backends("cpu") if name != "triton"]
 INF, NAN = float("inf"), float("nan")
 KNOWN_ANSWERS = json.loads((ROOT / "tests" / "known_answers.json").read_text())
@@ -22,7 +23,7 @@ KNOWN = [
     for name in ("thinned", "dense")
     if name in case  # long rows have no dense lists
 ]
-KNOWN_IDS = [f"{name}-{c['scores']}-L{c['L']}-k{c['k']}-epsilon{c['epsilon']}" for c, name in KNOWN]
+KNOWN_IDS = [f"{name}-{c['noise']}-{c['scores']}-L{c['L']}-k{c['k']}-epsilon{c['epsilon']}" for c, name in KNOWN]
 
 
 def known_scores(case):
@@ -132,18 +133,24 @@ def equal_scores_under_a_mask(n_classes, k, finite):
 
 
 class ContractHooks:
-    """The contract's functions as csrc/testing.cpp exposes them, on NumPy arrays; the binary is the one that runs the ops."""
+    """The contract's functions as csrc/testing.cpp exposes them, on NumPy arrays; the binary is the one that runs the
+    ops.
+    """
 
     def __init__(self):
         from topk_fast import _C  # here, because most tests also run where it is not built
 
         self._library = ctypes.CDLL(_C.__file__)
-        bound = [ctypes.c_float, ctypes.c_double]  # the score to reach, and epsilon
+        bound = [ctypes.c_float, ctypes.c_double, ctypes.c_int32]  # the score to reach, epsilon, the law's number
         self.normal = self._map("normal", np.uint32, np.float32)
+        self.gumbel = self._map("gumbel", np.uint32, np.float32)
         self.gap = self._map("gap", np.uint32, np.int32)
         self.ln = self._map("ln", np.float32, np.float32)
         self.upper_quantile = self._map("upper_quantile", np.float32, np.float32)
         self.hazard_quantile = self._map("hazard_quantile", np.float32, np.float32)
+        self.gumbel_level = self._map("gumbel_level", np.float32, np.float32)
+        self.widen_half = self._map("widen_half", np.uint16, np.float32)
+        self.round_to_half = self._map("round_to_half", np.float32, np.uint16)
         self.word_bound = self._map("word_bound", np.float32, np.int32, bound)
         self.time_bound = self._map("time_bound", np.float32, np.float32, bound)
 
@@ -166,8 +173,8 @@ class ContractHooks:
         self._library.topk_fast_philox((ctypes.c_uint32 * 6)(*counter_and_key), out)
         return tuple(out)
 
-    def plan(self, n_classes, k):
+    def plan(self, n_classes, k, law):
         out = (ctypes.c_int64 * 4)()
-        self._library.topk_fast_plan(ctypes.c_int64(n_classes), ctypes.c_int64(k), out)
+        self._library.topk_fast_plan(ctypes.c_int64(n_classes), ctypes.c_int64(k), ctypes.c_int32(law), out)
         every_class, *numbers = out
         return None if every_class else tuple(numbers)

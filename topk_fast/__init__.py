@@ -12,14 +12,8 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():
 
 from . import functional
 from .backends import available_backends, build_info
-from .nn import (
-    BalNoisedTopK,
-    ImbalNoisedTopK,
-    LinearBalNoisedTopK,
-    LinearImbalNoisedTopK,
-    NoisedTopK,
-    NormedLinear,
-)
+from .heads import LinearBalNoisedTopK, LinearImbalNoisedTopK
+from .nn import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NormedLinear
 
 __version__ = "0.1.0"
 

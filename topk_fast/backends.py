@@ -1,7 +1,7 @@
 """The backends: which of them are there, why one is not, and which one runs a call.
 
-"cpp" and "cuda" are compiled (``csrc``); importing their modules registers their kernels. "triton" is imported at its first
-call, and "torch" is ``reference.py``.
+"cpp" and "cuda" are compiled (``csrc``); importing their modules registers their kernels. "triton" is imported at its
+first call, and "torch" is ``reference.py``.
 """
 
 import functools
@@ -22,6 +22,7 @@ from . import noise
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: its kernels run in Python, on the CPU
 
+NAMES = ("cpp", "cuda", "triton", "torch")
 _FASTEST_FIRST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}  # HIP's tensors have the device type "cuda" too
 _BUILD = "`pip install --no-build-isolation .` (or `python setup.py build_ext --inplace` in a checkout)"
 _BINARIES = {  # the module, its language, and what its build needs
@@ -85,8 +86,9 @@ def available_backends(device: torch.device | str = "cpu") -> list[str]:
 def build_info() -> dict:
     """Facts for a bug report: versions, and for each backend "available" or why it is not, with the remedy.
 
-    "cuda" is reported for the current GPU, where there is one. ``compiler`` and ``instruction_sets`` are those of "cpp",
-    ``cuda_architectures`` is the TORCH_CUDA_ARCH_LIST for which "cuda" was built; None or empty where it is not there.
+    "cuda" is reported for the current GPU, where there is one. ``compiler`` and ``instruction_sets`` are those of
+    "cpp", ``cuda_architectures`` is the TORCH_CUDA_ARCH_LIST for which "cuda" was built; None or empty where it is
+    not there.
 
     >>> sorted(build_info())
     ['backends', 'compiler', 'contract', 'cuda_architectures', 'instruction_sets', 'torch', 'triton']
@@ -95,12 +97,11 @@ def build_info() -> dict:
     """
     cpp, cuda = _MODULES.get("cpp"), _MODULES.get("cuda")
     packages = packages_distributions().get("triton") if HAS_TRITON else None  # ROCm's has another name
-    names = ("cpp", "cuda", "triton", "torch")
     return {
         "torch": torch.__version__,
         "triton": version(packages[0]) if packages else None,
         "contract": noise.VERSION,
-        "backends": {name: _why_absent(name, torch.device("cuda")) or "available" for name in names},
+        "backends": {name: _why_absent(name, torch.device("cuda")) or "available" for name in NAMES},
         "compiler": cpp.compiler() if cpp else None,
         "instruction_sets": cpp.isas() if cpp else [],
         "cuda_architectures": cuda.architectures() if cuda else None,
@@ -141,10 +142,10 @@ def resolve(backend: str, input: Tensor, k: int) -> str:
         else:
             return name
     if device.type != "meta" and not isinstance(input, FakeTensor):
-        reasons = " ".join(reasons) or "There are kernels for CPU, CUDA and HIP tensors only."
+        said = " ".join(reasons) or "There are kernels for CPU, CUDA and HIP tensors only."
         _warn_once(
-            f"backend='auto' runs the PyTorch reference on this {device.type} input, which is many times slower than the "
-            f"compiled kernels. {reasons} Pass backend='torch' to choose the reference without this warning."
+            f"backend='auto' runs the PyTorch reference on this {device.type} input, which is many times slower than "
+            f"the compiled kernels. {said} Pass backend='torch' to choose the reference without this warning."
         )
     return "torch"
 
@@ -198,7 +199,8 @@ def _why_unfit(backend: str, input: Tensor, k: int) -> tuple[str, object] | None
         return None if kind == takes else (f"runs on {takes.upper()} tensors", f"input on {input.device}")
     if kind != "cuda" and not (INTERPRETED and kind == "cpu"):
         return (
-            "runs on CUDA and HIP tensors (with TRITON_INTERPRET=1 in the environment on CPU tensors too, for debugging)",
+            "runs on CUDA and HIP tensors (with TRITON_INTERPRET=1 in the environment on CPU tensors too, for "
+            "debugging)",
             f"input on {input.device}",
         )
     if input.dtype not in _TRITON_DTYPES:
@@ -210,7 +212,7 @@ def _why_unfit(backend: str, input: Tensor, k: int) -> tuple[str, object] | None
     return None
 
 
-_WARNINGS = set()  # those given in this process
+_WARNINGS: set[str] = set()  # those given in this process
 
 
 @_called_while_tracing

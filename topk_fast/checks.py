@@ -2,42 +2,48 @@
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import noise
+from .losses import Hinge
+from .request import Labels, Noise, Options
+
+MOST_RANKS = 32  # of one search: a kernel's arguments hold them
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST_EPSILON = 1e36  # beyond it, epsilon times the largest levels of noise (about 40) would overflow float32
 
 
-def scores(x, name="input"):
+def check_scores(x, name="input"):
     """Scores or features, on which the functions compute; also refuses the tracers that would record wrong programs."""
     if not isinstance(x, Tensor):
         if isinstance(x, torch.fx.Proxy):
             raise TypeError(
-                "torch.fx.symbolic_trace cannot trace topk_fast, whose steps depend on shapes and dtypes: use torch.export "
-                "or torch.compile, or a Tracer whose is_leaf_module is true for the loss"
+                "torch.fx.symbolic_trace cannot trace topk_fast, whose steps depend on shapes and dtypes: use "
+                "torch.export or torch.compile, or a Tracer whose is_leaf_module is true for the loss"
             )
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if torch.jit.is_tracing():
         raise RuntimeError("torch.jit.trace would record one noise for all calls: use torch.export or torch.compile")
     if torch._C._are_functorch_transforms_active():
-        unbatched(x, name)
+        check_unbatched(x, name)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
-def unbatched(x, name):
+def check_unbatched(x, name):
     if torch._C._functorch.is_batchedtensor(x):
         raise RuntimeError(
-            f"torch.vmap does not batch topk_fast, whose functions take a batch of rows already: put the mapped dimension "
-            f'of {name} among the rows and pass reduction="none"'
+            f"torch.vmap does not batch topk_fast, whose functions take a batch of rows already: put the mapped "
+            f'dimension of {name} among the rows and pass reduction="none"'
         )
 
 
-def target(input, target, class_dim):
+def check_target(input, target, class_dim):
     """Labels of every row of ``input``, whose dimension ``class_dim`` holds the scores or features of a row."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
@@ -49,7 +55,7 @@ def target(input, target, class_dim):
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}; pass target.long()")
     if torch._C._are_functorch_transforms_active():
-        unbatched(target, "target")
+        check_unbatched(target, "target")
     if input.dim() == 0:
         raise ValueError("input must be [N, L], [L] or [N, L, d1, ...], got a tensor without dimensions")
     expected = torch.Size(n for i, n in enumerate(input.shape) if i != class_dim)
@@ -63,10 +69,10 @@ def target(input, target, class_dim):
         raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
 
 
-def layer(input, weight, bias):
+def check_layer(input, weight, bias):
     """A linear layer's tensors; returns the dtype of its logits, autocast's where that is on."""
-    scores(input)
-    scores(weight, "weight")
+    check_scores(input)
+    check_scores(weight, "weight")
     if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"input must be [..., D] and weight [L, D], got shapes {list(input.shape)} and {list(weight.shape)}"
@@ -74,7 +80,7 @@ def layer(input, weight, bias):
     if weight.device != input.device:
         raise ValueError(f"weight must be on input's device {input.device}, got {weight.device}")
     if bias is not None:
-        scores(bias, "bias")
+        check_scores(bias, "bias")
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape [L] = {list(weight.shape[:1])}, got {list(bias.shape)}")
         if bias.device != input.device:
@@ -90,17 +96,18 @@ def layer(input, weight, bias):
     return input.dtype
 
 
-def leaves(**tensors):
+def check_leaves(**tensors):
     """Refuses row-sparse gradients of what something else computed, whose own derivative could not take them."""
     for name, x in tensors.items():
         if x is not None and x.requires_grad and not x.is_leaf:
             raise ValueError(
-                f"sparse_grad=True needs a {name} that is a leaf of the graph, as a Parameter is; this one was computed by "
-                f"{x.grad_fn.name()} (weight_norm and other parametrizations do so): pass sparse_grad=False"
+                f"sparse_grad=True needs a {name} that is a leaf of the graph, as a Parameter is; this one was "
+                f"computed by {x.grad_fn.name()} (weight_norm and other parametrizations do so): "
+                "pass sparse_grad=False"
             )
 
 
-def margins(margins, n_classes, device, dtype):
+def check_margins(margins, n_classes, device, dtype):
     """None, or margins in ``dtype``; ``n_classes`` is None where it is not known yet."""
     if margins is None:
         return None
@@ -118,7 +125,7 @@ def margins(margins, n_classes, device, dtype):
     return margins.to(dtype)
 
 
-def counts(cls_num_list):
+def check_counts(cls_num_list):
     """Numbers of examples as a list; read from it alone, so that it can stand under torch.device("meta") as well."""
     if isinstance(cls_num_list, Tensor) and cls_num_list.is_meta:
         raise ValueError("cls_num_list must hold numbers, got a tensor on the meta device, which holds none")
@@ -140,31 +147,58 @@ def counts(cls_num_list):
     return [float(n) for n in listed]
 
 
-def scale(scale):
-    scale = real("scale", scale)
+def check_max_m(max_m):
+    max_m = check_real("max_m", max_m)
+    if not max_m >= 0:
+        raise ValueError(f"max_m must be at least 0, got {max_m}")
+    return max_m
+
+
+def check_scale(scale):
+    scale = check_real("scale", scale)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     return scale
 
 
-def reduction(reduction):
+def check_reduction(reduction):
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-def rank(k, n_classes, spare=1):
-    """k of at most L - ``spare``: a loss leaves one class; ``n_classes`` is None where L is not known yet."""
+def check_ranks(k, low: int, high: int, high_name: str | None = None) -> tuple[int, ...]:
+    """An int, or a sequence of ints, each ``low`` to ``high``, which the errors call ``high_name``."""
+    if not isinstance(k, Sequence) or isinstance(k, (str, bytes)):
+        return (check_integer("k", k, low, high, high_name),)
+    if not 1 <= len(k) <= MOST_RANKS:
+        raise ValueError(f"k must be an int or a sequence of 1 to {MOST_RANKS} ints, got {len(k)} of them")
+    return tuple(check_integer("k", one, low, high, high_name) for one in k)
+
+
+def check_top(k, n_classes: int | None, *, least: int = 0, several: bool = True) -> tuple[int, ...]:
+    """The K, or several, of top-K losses, each ``least`` to L - 1; ``n_classes`` is None where L is not known yet."""
+    if not several and isinstance(k, Sequence):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
     if n_classes is None:
-        return integer("k", k, 1, 2**31 - 2)
-    return integer("k", k, 1, n_classes - spare, f"L - {spare}" if spare else "L")
+        return check_ranks(k, least, 2**31 - 2)
+    if n_classes <= least:
+        raise ValueError(f"input must have at least {least + 1} class{'es' * least}, got {n_classes}")
+    return check_ranks(k, least, n_classes - 1, "L - 1")
 
 
-def ignored(ignore_index):
-    return integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
+def check_hinge(hinge: Hinge, n_classes: int | None, device: torch.device, dtype: torch.dtype) -> Hinge:
+    check_reduction(hinge.reduction)
+    margins = check_margins(hinge.margins, n_classes, device, dtype)
+    return Hinge(margins, check_scale(hinge.scale), hinge.reduction)
 
 
-def labels(labels, n_classes, ignore_index):
-    """Reads the labels, and so waits for their device; the steps of a GPU stop by themselves, as in torch's own losses."""
+def check_ignore_index(labels: Labels) -> Labels:
+    number = check_integer("ignore_index", labels.ignore_index, -(2**63), 2**63 - 1)
+    return labels._replace(ignore_index=number)
+
+
+def check_labels(labels, n_classes, ignore_index):
+    """Names a wrong label. It reads the labels, and so waits for their device."""
     bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= n_classes))]
     if bad.numel():
         raise IndexError(
@@ -172,7 +206,7 @@ def labels(labels, n_classes, ignore_index):
         )
 
 
-def integer(name, value, low, high, high_name=None):
+def check_integer(name, value, low, high, high_name=None):
     if isinstance(value, bool) or not isinstance(value, (int, Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not low <= value <= high:
@@ -181,7 +215,7 @@ def integer(name, value, low, high, high_name=None):
     return value if isinstance(value, torch.SymInt) else int(value)
 
 
-def real(name, value):
+def check_real(name, value):
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     value = float(value)
@@ -190,28 +224,75 @@ def real(name, value):
     return value
 
 
-def dimension(dim):
+def check_dimension(dim, n_dims: int) -> int:
     if isinstance(dim, bool) or not isinstance(dim, (int, Integral)):
         raise TypeError(f"dim must be an int, got {type(dim).__name__}")
-    return int(dim)
+    dim = int(dim)
+    if not -n_dims <= dim < n_dims:
+        raise IndexError(f"dim must be in [{-n_dims}, {n_dims - 1}], got {dim}")
+    return dim
 
 
-def noise(epsilon, n_sample):
-    epsilon = real("epsilon", epsilon)
+def check_epsilon(epsilon, device: torch.device | None) -> tuple[float, Tensor | None]:
+    """A number and None, or 0 and the tensor that replaces it; ``device`` is None where it is not known yet."""
+    if isinstance(epsilon, Tensor):
+        return 0.0, _check_schedule(epsilon, device)
+    epsilon = check_real("epsilon", epsilon)
     if epsilon < 0:
         raise ValueError(f"epsilon must be at least 0, got {epsilon}")
     if epsilon > LARGEST_EPSILON:
         raise ValueError(f"epsilon must be at most {LARGEST_EPSILON:g}, got {epsilon}: noise would overflow float32")
-    return epsilon, integer("n_sample", n_sample, 1, 2**31 - 1)
+    return epsilon, None
 
 
-def dense(sampler):
+def _check_schedule(epsilon, device):
+    if epsilon.dim() != 0 or not epsilon.dtype.is_floating_point:
+        raise TypeError(
+            "epsilon must be a number or a floating-point tensor without dimensions, got "
+            f"{epsilon.dtype} {list(epsilon.shape)}"
+        )
+    if epsilon.requires_grad:
+        raise ValueError("epsilon must be a constant, got a tensor that requires grad; pass epsilon.detach()")
+    if device is None:
+        return epsilon
+    if epsilon.device != device:
+        raise ValueError(f"epsilon must be on input's device {device}, got {epsilon.device}")
+    known = (epsilon >= 0) & (epsilon <= LARGEST_EPSILON)
+    try:
+        if not epsilon.is_meta:
+            torch._assert_async(known, f"epsilon must be in [0, {LARGEST_EPSILON:g}]")
+    except RuntimeError:  # at once on the CPU; a GPU, for which nothing waits, stops by itself
+        raise ValueError(f"epsilon must be in [0, {LARGEST_EPSILON:g}], got {float(epsilon)}") from None
+    return epsilon.to(torch.float64)
+
+
+def check_n_sample(n_sample):
+    return check_integer("n_sample", n_sample, 1, 2**31 - 1)
+
+
+def check_law(noise_: str) -> int:
+    """The number of a law of the noise."""
+    for number, law in enumerate(noise.LAWS):
+        if noise_ == law.name:
+            return number
+    raise ValueError(f"noise must be {' or '.join(repr(law.name) for law in noise.LAWS)}, got {noise_!r}")
+
+
+def check_noise(options: Options, ranks: tuple[int, ...], device: torch.device) -> Noise:
+    """The request for the noise, with a seed on ``device``."""
+    epsilon, schedule = check_epsilon(options.epsilon, device)
+    n_sample, law = check_n_sample(options.n_sample), check_law(options.noise)
+    dense = check_sampler(options.sampler)
+    return Noise(make_seed(options, device), ranks, epsilon, schedule, n_sample, law, dense)
+
+
+def check_sampler(sampler):
     if sampler not in ("auto", "thinned", "dense"):
         raise ValueError(f"sampler must be 'auto', 'thinned' or 'dense', got {sampler!r}")
     return sampler == "dense"
 
 
-def source(seed, generator):
+def check_source(seed, generator):
     """Where seeds come from, without their device."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
@@ -220,27 +301,28 @@ def source(seed, generator):
     if generator is not None:
         raise ValueError("seed and generator exclude each other, got both")
     if not isinstance(seed, Tensor):
-        integer("seed", seed, -(2**63), 2**64 - 1)
+        check_integer("seed", seed, -(2**63), 2**64 - 1)
     elif seed.dtype != torch.int64 or seed.dim() != 0:
         raise TypeError(f"a seed tensor must be int64 without dimensions, got {seed.dtype} {list(seed.shape)}")
 
 
-def seed(seed, generator, device):
+def make_seed(options: Options, device: torch.device) -> Tensor:
     """The key of the noise as an int64 tensor on ``device``, so that no step waits for the device."""
-    source(seed, generator)
+    seed, generator = options.seed, options.generator
+    check_source(seed, generator)
     if seed is None:
         if generator is not None:
-            not_recomputed(generator, device)
+            check_recomputable(generator, device)
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
     if isinstance(seed, Tensor):
         if seed.device != device:
             raise ValueError(f"seed must be on input's device {device}, got {seed.device}")
         return seed
-    seed = seed if isinstance(seed, torch.SymInt) else int(seed)
-    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    number: Any = seed if isinstance(seed, torch.SymInt) else int(seed)
+    return torch.full((), number - 2**64 if number >= 2**63 else number, dtype=torch.int64, device=device)
 
 
-def not_recomputed(generator, device):
+def check_recomputable(generator, device):
     """Refuses a generator on another device, and inside of torch.utils.checkpoint.
 
     A checkpoint runs the forward again for the backward. It restores the state of torch's default generators for that,
@@ -252,7 +334,8 @@ def not_recomputed(generator, device):
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             raise RuntimeError(
-                "a generator inside of torch.utils.checkpoint would draw other noise for the backward than for the loss: "
-                "pass a seed drawn outside of the checkpoint, or generator=None, for torch restores its default generator"
+                "a generator inside of torch.utils.checkpoint would draw other noise for the backward than for the "
+                "loss: pass a seed drawn outside of the checkpoint, or generator=None, for torch restores its default "
+                "generator"
             )
         frame = frame.f_back

@@ -1,4 +1,4 @@
-r"""The noise contract, version 1: its text and its torch form (``csrc/noise.h`` is the C++ form).
+r"""The noise contract, version 2: its text and its torch form (``csrc/noise.h`` is the C++ form).
 
 Every backend realises the same noise for the same seed, bit for bit. That holds because only exactly rounded
 float32 operations are used (+ - * / sqrt, comparisons, conversions, integer steps), one rounding each, in the order
@@ -6,27 +6,34 @@ written here. ``tests/known_answers.json`` pins every function. A change of any 
 new contract version.
 
 ========================================  ==================================================================
-draw of class c, row n, sample b          ``normal(philox(c, n, b // 4, 0)[b % 4])``
+draw of class c, row n, sample b          ``law.draw(philox(c, n, b // 4, 0)[b % 4])``
 arrival j of row n, sample b              ``w = philox(j // 2, n, b, 1 + first_class)``; its gap comes from
                                           ``w[2 * (j % 2)]``, its class from ``w[2 * (j % 2) + 1]``
 time of arrival j                         ``(float(sum of gaps 0..j) * 2**-24) * (1 / float(L))``
+level of arrival j                        ``law.level(time)``
 class of arrival j                        ``first_class + ((class word * L) >> 32)``
 noised score                              ``s + (epsilon * z)``: one product, one sum
 order                                     value descending, then class ascending; -0 equals +0
 ========================================  ==================================================================
 
 The key of philox is ``(seed mod 2**32, seed >> 32)``; c is the global class id, n the global row of the call and L
-the number of classes of the slice that is searched, whose first class is ``first_class``.
+the number of classes of the slice that is searched, whose first class is ``first_class``. A law is a distribution
+function F of the noise, given by two functions: ``draw`` turns a word into a draw from F, and ``level`` turns the
+time e of an arrival into the z with -ln F(z) = e. Both laws use the same words.
+
+Version 2 differs from version 1 in :func:`gap` (+ 1), in the second law, and in that law's :func:`plan`.
 
 32-bit words travel as int64 tensors with values in [0, 2**32), which every device that torch knows can multiply.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 _MASK = 0xFFFFFFFF
 
 
@@ -62,15 +69,31 @@ def upper_quantile(p: Tensor) -> Tensor:
     """The z >= 0 with 1 - Phi(z) = p, for 0 < p <= 1/2 (central part: Giles 2012)."""
     y = -ln((p * 4.0) * (1.0 - p))
     central = _horner(
-        y - 2.5, 2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503,
-        -0.00417768164, 0.246640727, 1.50140941,
-    )  # fmt: skip
+        y - 2.5,
+        2.81022636e-08,
+        3.43273939e-07,
+        -3.5233877e-06,
+        -4.39150654e-06,
+        0.00021858087,
+        -0.00125372503,
+        -0.00417768164,
+        0.246640727,
+        1.50140941,
+    )
     # torch's float32 root is not always correctly rounded (MKL's is not); the float64
     # root rounded to float32 is: a float32's root is never that close to the middle of two float32 values.
     tail = _horner(
-        y.to(torch.float64).sqrt().to(torch.float32) - 3.0, 2.11814277e-05, -0.000247470773, 0.00120883412, -0.00327648851, 0.00572421542,
-        -0.00776328519, 0.00945140887, 1.00168824, 2.83297658,
-    )  # fmt: skip
+        y.to(torch.float64).sqrt().to(torch.float32) - 3.0,
+        2.11814277e-05,
+        -0.000247470773,
+        0.00120883412,
+        -0.00327648851,
+        0.00572421542,
+        -0.00776328519,
+        0.00945140887,
+        1.00168824,
+        2.83297658,
+    )
     r = torch.where(y < 5.0, central, tail)
     return (r * (1.0 - p * 2.0)) * 1.41421356
 
@@ -98,10 +121,37 @@ def hazard_quantile(e: Tensor) -> Tensor:
     return torch.where(lower, -z, z)
 
 
+def gumbel(word: Tensor) -> Tensor:
+    """A draw from Gumbel's law less its mean, Euler's constant, falling as its word grows."""
+    lower = word > 0x7FFFFFFF
+    m = torch.where(lower, _MASK - word, word)
+    p = (m.to(torch.float32) + 0.5) * 2.0**-32
+    q = p / (2.0 - p)
+    upper = (q * 2.0) * _horner(q * q, 0.11111111, 0.14285715, 0.2, 0.33333334, 1.0)  # -ln(1 - p)
+    return gumbel_level(torch.where(lower, -ln(p), upper))
+
+
+def gumbel_level(e: Tensor) -> Tensor:
+    """The z with -ln F(z) = e for Gumbel's law less its mean: the level of the arrival at time e."""
+    return -ln(e) - 0.5772157
+
+
+class Law(NamedTuple):
+    """The distribution of the noise."""
+
+    name: str
+    draw: Callable[[Tensor], Tensor]  # of a word
+    level: Callable[[Tensor], Tensor]  # of an arrival's time
+
+
+LAWS = (Law("normal", normal, hazard_quantile), Law("gumbel", gumbel, gumbel_level))  # by their numbers in the ops
+NORMAL, GUMBEL = range(2)
+
+
 def gap(word: Tensor) -> Tensor:
-    """An Exp(1) gap in units of 2**-24 (int32): integers, so that sums are exact in any order."""
+    """An Exp(1) gap in units of 2**-24 (int32), at least 1: integers, so that sums are exact in any order."""
     u = ((word >> 1).to(torch.float32) + 0.5) * 2.0**-31
-    return (-ln(u) * 2.0**24).to(torch.int32)
+    return (-ln(u) * 2.0**24).to(torch.int32) + 1
 
 
 def arrival_time(gaps: Tensor, n_classes: int) -> Tensor:
@@ -110,12 +160,19 @@ def arrival_time(gaps: Tensor, n_classes: int) -> Tensor:
     return (gaps.to(torch.float32) * 2.0**-24) * (1.0 / rate)
 
 
-def wanted_contenders(n_classes: int, k: int) -> int:
-    """About how many classes :func:`plan` lets through: M = max(32, 4 k, isqrt(4 L))."""
-    return max(32, 4 * k, math.isqrt(4 * n_classes))
+def wanted_contenders(n_classes: int, k: int, law: int = NORMAL) -> int:
+    """About how many classes :func:`plan` lets through.
+
+    M = max(32, 4 k, isqrt(4 L)); for Gumbel's law, whose arrivals are few, max(32, 4 k, min(isqrt(4 L),
+    isqrt(k L // 2))).
+    """
+    balanced = math.isqrt(4 * n_classes)
+    if law == GUMBEL:
+        balanced = min(balanced, math.isqrt(k * n_classes // 2))
+    return max(32, 4 * k, balanced)
 
 
-def plan(n_classes: int, k: int) -> tuple[int, int, int] | None:
+def plan(n_classes: int, k: int, law: int = NORMAL) -> tuple[int, int, int] | None:
     """Where to put the cut for the ``k`` best of ``n_classes``: ``(group, stride, rank)``, or None for no cut.
 
     The cut is the ``rank``-th largest of the maxima of groups 0, ``stride``, 2 ``stride``, ... of ``group``
@@ -124,7 +181,7 @@ def plan(n_classes: int, k: int) -> tuple[int, int, int] | None:
     >>> plan(100_000, 6)
     (32, 6, 105)
     """
-    m = wanted_contenders(n_classes, k)
+    m = wanted_contenders(n_classes, k, law)
     if n_classes < 2 * m:
         return None
     group = 1

@@ -14,12 +14,16 @@ them stands the search for (v_b, c_b) that draws noise only where it can matter,
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import noise
+from .request import Labels, Noise, Place, Slice
 
+_START = Place()
 _BUDGET = 1 << 22  # entries of the largest temporary, of which a dozen live at once
 
 
@@ -42,32 +46,34 @@ def mean(values: Tensor) -> Tensor:
 
 
 def hinge(top: Tensor, true_score: Tensor, margin: Tensor | float = 1.0, scale: float = 1.0) -> Tensor:
-    """max(0, scale * ((margin + top) - true_score)), NaN where any of them is NaN; all [N]."""
-    excess = ((margin + top) - true_score) * scale
+    """max(0, scale * (margin + (top - true_score))), NaN where any of them is NaN; all [N]."""
+    excess = (margin + (top - true_score)) * scale
     return torch.where(excess <= 0, torch.zeros_like(excess), excess)
 
 
-def dense_noise(rows: Tensor, n_classes: int, n_sample: int, seed: Tensor, first_class: int = 0) -> Tensor:
+def dense_noise(
+    rows: Tensor, n_classes: int, n_sample: int, seed: Tensor, first_class: int = 0, law: int = noise.NORMAL
+) -> Tensor:
     """The contract's draws for every class: global rows [N] -> float32 [N, n_sample, n_classes]."""
     classes = torch.arange(first_class, first_class + n_classes, device=rows.device)
-    return _draws(classes.expand(rows.shape[0], -1), rows, n_sample, seed)
+    return _draws(classes.expand(rows.shape[0], -1), rows, n_sample, seed, law)
 
 
-def _draws(classes: Tensor, rows: Tensor, n_sample: int, seed: Tensor) -> Tensor:
+def _draws(classes: Tensor, rows: Tensor, n_sample: int, seed: Tensor, law: int) -> Tensor:
     quads = torch.arange(-(-n_sample // 4), device=classes.device)
     words = noise.philox(classes[:, None], rows[:, None, None], quads[:, None], torch.zeros_like(quads[:1]), seed)
-    words = torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1, 2)  # [N, 4 * quads, C]
-    return noise.normal(words[:, :n_sample])
+    every = torch.stack(torch.broadcast_tensors(*words), dim=2).flatten(1, 2)  # [N, 4 * quads, C]
+    return noise.LAWS[law].draw(every[:, :n_sample])
 
 
-def cut(scores: Tensor, k: int) -> Tensor:
+def cut_of(scores: Tensor, k: int, law: int = noise.NORMAL) -> Tensor:
     """The score [N] above which a class gets draws of its own, a statistic of clean scores [N, L] without NaN.
 
-    ``noise.plan`` says which. -inf (every class) where that is +inf, and where fewer than k classes lie above it
-    and fewer than ``noise.wanted_contenders`` scores are finite: the walk over the others might find too few.
+    ``noise.plan`` says which statistic. It is -inf (every class) where that is +inf, and where fewer than k classes lie
+    above it and fewer than ``noise.wanted_contenders`` scores are finite: the walk over the others might find too few.
     """
     n_classes = scores.shape[1]
-    chosen = noise.plan(n_classes, k)
+    chosen = noise.plan(n_classes, k, law)
     if chosen is None:
         return scores.new_full(scores.shape[:1], -math.inf)
     group, stride, rank = chosen
@@ -75,29 +81,43 @@ def cut(scores: Tensor, k: int) -> Tensor:
     maxima = padded.unflatten(1, (-1, group))[:, ::stride].amax(2)  # [N, groups looked at]
     level = maxima.topk(rank, dim=1).values[:, -1]
     few = (scores > level[:, None]).sum(1) < k
-    masked = (scores > -math.inf).sum(1) < noise.wanted_contenders(n_classes, k)
+    masked = (scores > -math.inf).sum(1) < noise.wanted_contenders(n_classes, k, law)
     return level.masked_fill((level == math.inf) | (few & masked), -math.inf)
 
 
-def candidates(
-    scores: Tensor, seed: Tensor, k: int, epsilon: float, n_sample: int, first_row: int, first_class: int, dense: bool
-) -> tuple[Tensor, Tensor]:
-    """The k best noised scores and their classes [N, n_sample, k], best first, (-inf, -1) where there are fewer."""
+class _Slice(NamedTuple):
+    """Some rows of a slice of classes, without NaN, as the steps of the search see them."""
+
+    scores: Tensor  # [N, L] in the arithmetic's dtype
+    cut: Tensor  # [N]
+    rows: Tensor  # [N]: global numbers
+    epsilon: Tensor | float
+    noise: Noise
+    first_class: int
+
+
+def candidates(scores: Tensor, wanted: Noise, place: Place = _START) -> tuple[Tensor, Tensor]:
+    """The k best noised scores and their classes [N, n_sample, k], best first, (-inf, -1) where there are fewer.
+
+    Rows with a NaN hold NaN and the class id -2.
+    """
     n_rows, n_classes = scores.shape
-    values, classes = empty_lists(scores, k, n_sample)
-    step = max(1, _BUDGET // (n_classes + 64 * k * n_sample))
+    k, first_row = wanted.k, place.first_row
+    values, classes = empty_lists(scores, k, wanted.n_sample)
+    epsilon = wanted.epsilon if wanted.schedule is None else wanted.schedule.to(values.dtype)
+    step = max(1, _BUDGET // (n_classes + 64 * k * wanted.n_sample))
     for start in range(0, n_rows, step):
         part = slice(start, min(start + step, n_rows))
         wide = scores[part].to(values.dtype)
         bad = wide.isnan().any(1)
         wide = wide.masked_fill(bad[:, None], 0.0)
         rows = torch.arange(first_row + part.start, first_row + part.stop, device=scores.device) & 0xFFFFFFFF
-        level = wide.new_full(wide.shape[:1], -math.inf) if dense else cut(wide, k)
-        best = (values[part], classes[part])
-        best = _draw_contenders(best, wide, level, rows, seed, epsilon, first_class)
-        best = _walk_background(best, wide, level, rows, seed, epsilon, first_class)
+        cut = wide.new_full(wide.shape[:1], -math.inf) if wanted.dense else cut_of(wide, k, wanted.law)
+        here = _Slice(wide, cut, rows, epsilon, wanted, place.first_class)
+        best = _draw((values[part], classes[part]), here)
+        best = _walk(best, here)
         values[part] = best[0].masked_fill(bad[:, None, None], math.nan)
-        classes[part] = best[1].masked_fill(bad[:, None, None], -1)
+        classes[part] = best[1].masked_fill(bad[:, None, None], -2)
     return values, classes
 
 
@@ -114,22 +134,23 @@ def merge(values: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(2, order), classes.gather(2, order)
 
 
-def _draw_contenders(best, scores, level, rows, seed, epsilon, first_class):
+def _draw(best, here: _Slice):
     """Merges every class above the cut into the k best, some columns of the ragged list of contenders at a time."""
     values, classes = best
+    scores = here.scores
     n_rows, n_sample, k = values.shape
-    row, column = (scores > level[:, None]).nonzero(as_tuple=True)  # ascending classes within a row
+    row, column = (scores > here.cut[:, None]).nonzero(as_tuple=True)  # ascending classes within a row
     count = torch.bincount(row, minlength=n_rows)
     place = torch.arange(row.shape[0], device=row.device) - (count.cumsum(0) - count)[row]
     step = max(k, _BUDGET // (n_rows * n_sample))
     for start in range(0, int(count.max()) if n_rows else 0, step):
-        here = (place >= start) & (place < start + step)
+        chosen = (place >= start) & (place < start + step)
         width = min(step, int(count.max()) - start)
-        at = (row[here], place[here] - start)
-        index = column.new_zeros((n_rows, width)).index_put(at, column[here] + first_class)
-        clean = scores.new_full((n_rows, width), -math.inf).index_put(at, scores[row[here], column[here]])
-        z = _draws(index, rows, n_sample, seed).to(scores.dtype)
-        drawn = clean[:, None] + z * epsilon
+        at = (row[chosen], place[chosen] - start)
+        index = column.new_zeros((n_rows, width)).index_put(at, column[chosen] + here.first_class)
+        clean = scores.new_full((n_rows, width), -math.inf).index_put(at, scores[row[chosen], column[chosen]])
+        z = _draws(index, here.rows, n_sample, here.noise.seed, here.noise.law).to(scores.dtype)
+        drawn = clean[:, None] + z * here.epsilon
         values = torch.cat([values, drawn], dim=2)
         classes = torch.cat([classes, index[:, None].expand(-1, n_sample, -1)], dim=2)
         values, classes = merge(values, classes, k)
@@ -137,36 +158,38 @@ def _draw_contenders(best, scores, level, rows, seed, epsilon, first_class):
     return values, classes
 
 
-def _walk_background(best, scores, level, rows, seed, epsilon, first_class):
+def _walk(best, here: _Slice):
     """Merges the other classes: the arrivals of one Poisson process a (row, sample), at falling levels of noise.
 
-    Every class has points at levels z with mean measure -ln Phi(z) above z; its highest one is N(0, 1). Together they
-    are a process of rate L on uniform classes, walked until ``cut + epsilon * z`` cannot exceed the k-th best.
+    Every class has points at levels z with mean measure -ln F(z) above z; its highest one has the distribution F.
+    Together they are a process of rate L on uniform classes, walked until ``cut + epsilon * z`` cannot exceed the
+    k-th best.
     """
     values, classes = (x.flatten(0, 1) for x in best)  # a lane is a (row, sample)
+    scores, level_of = here.scores, noise.LAWS[here.noise.law].level
     n_sample, n_classes = best[0].shape[1], scores.shape[1]
     row = torch.arange(scores.shape[0], device=scores.device).repeat_interleave(n_sample)
     sample = torch.arange(n_sample, device=scores.device).repeat(scores.shape[0])
-    lanes = (level[row] > -math.inf).nonzero().flatten()
+    lanes = (here.cut[row] > -math.inf).nonzero().flatten()
     sums = torch.zeros_like(row)
     done, pairs = 0, 8
     while lanes.numel():
         counter = torch.arange(done, done + pairs, device=row.device)
         r, b = row[lanes], sample[lanes]
-        stream = torch.full_like(b[:1, None], 1 + first_class)
-        w = noise.philox(counter, rows[r][:, None], b[:, None], stream, seed)
+        stream = torch.full_like(b[:1, None], 1 + here.first_class)
+        w = noise.philox(counter, here.rows[r][:, None], b[:, None], stream, here.noise.seed)
         gaps = torch.stack([noise.gap(w[0]), noise.gap(w[2])], dim=2).flatten(1).to(torch.int64)
         times = sums[lanes, None] + gaps.cumsum(1)  # [lanes, 2 * pairs]
         drawn = torch.stack([w[1], w[3]], dim=2).flatten(1) * n_classes >> 32
-        shift = noise.hazard_quantile(noise.arrival_time(times, n_classes)).to(scores.dtype) * epsilon
-        v, c, bound = values[lanes], classes[lanes], level[r]
+        shift = level_of(noise.arrival_time(times, n_classes)).to(scores.dtype) * here.epsilon
+        v, c, cut = values[lanes], classes[lanes], here.cut[r]
         clean = scores[r[:, None], drawn]
         walking = torch.ones_like(lanes, dtype=torch.bool)
         for j in range(2 * pairs):
-            walking = walking & (bound + shift[:, j] > v[:, -1])
-            value, name = clean[:, j] + shift[:, j], drawn[:, j] + first_class
+            walking = walking & (cut + shift[:, j] > v[:, -1])
+            value, name = clean[:, j] + shift[:, j], drawn[:, j] + here.first_class
             behind = (value[:, None] > v) | ((value[:, None] == v) & (name[:, None] < c))  # [lanes, k]
-            new = walking & (clean[:, j] <= bound) & behind[:, -1] & ~(c == name[:, None]).any(1)
+            new = walking & (clean[:, j] <= cut) & behind[:, -1] & ~(c == name[:, None]).any(1)
             first = behind & ~torch.nn.functional.pad(behind, (1, -1))  # its place in the list
             behind, first = behind & new[:, None], first & new[:, None]
             v = torch.where(first, value[:, None], torch.where(behind, v.roll(1, 1), v))
@@ -178,71 +201,103 @@ def _walk_background(best, scores, level, rows, seed, epsilon, first_class):
     return values.view_as(best[0]), classes.view_as(best[1])
 
 
-def smoothed(scores: Tensor, seed: Tensor, k: int, epsilon: float, n_sample: int, dense: bool):
-    """Smoothed k-th largest value [N] and the class of each sample's k-th largest [N, n_sample]."""
-    values, classes = candidates(scores, seed, k, epsilon, n_sample, 0, 0, dense)
-    return mean(values[..., -1]), classes[..., -1].clone(memory_format=torch.contiguous_format)
+def excess(scores: Tensor, wanted: Noise, labels: Labels) -> tuple[Tensor, Tensor]:
+    """Excesses [N, M] of the ranks over the true class's score, and the classes [N, n_sample, M] at these ranks.
+
+    Without a target they are the smoothed values themselves.
+    """
+    true_score = None
+    if labels.target is not None:
+        known = (labels.target >= 0) & (labels.target < scores.shape[1]) | (labels.target == labels.ignore_index)
+        torch._assert_async(known.all(), "target out of bounds")
+        true_score = own_scores(scores, labels.target, 0)
+    return excess_of(*candidates(scores, wanted), true_score, wanted.ranks, labels)
 
 
-def loss(
-    scores: Tensor, target: Tensor, margins: Tensor | None, seed: Tensor, k: int, epsilon: float, n_sample: int,
-    scale: float, ignore_index: int, dense: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Losses [N] and classes [N, n_sample], 0 and -1 in rows whose target is ``ignore_index``; how many are not."""
-    values, classes = candidates(scores, seed, k, epsilon, n_sample, 0, 0, dense)
-    true_score = scores.gather(1, target.masked_fill(target == ignore_index, 0)[:, None])[:, 0]
-    return loss_of(values[..., -1], classes[..., -1], true_score, target, margins, scale, ignore_index)
-
-
-def loss_of(
-    values: Tensor, classes: Tensor, true_score: Tensor, target: Tensor, margins: Tensor | None, scale: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What :func:`loss` returns, from the k-th best of every sample [N, n_sample] and the true class's score [N]."""
-    ignored = target == ignore_index
-    margin = 1.0 if margins is None else margins[target.masked_fill(ignored, 0)]
-    losses = hinge(mean(values), true_score.to(values.dtype), margin, scale)
-    n_valid = (~ignored).sum().to(losses.dtype)
-    return losses.masked_fill(ignored, 0.0), classes.masked_fill(ignored[:, None], -1), n_valid
-
-
-def entries(
-    grad: Tensor, result: Tensor, classes: Tensor, target: Tensor | None, scale: float
+def excess_of(
+    values: Tensor, classes: Tensor, true_score: Tensor | None, ranks: Sequence[int], labels: Labels
 ) -> tuple[Tensor, Tensor]:
-    """Classes and values [N, J] of the gradient's entries, J = B + 1, or B where ``target`` is None.
+    """What :func:`excess` returns, from the k best of every sample [N, B, k] and the true class's score [N].
 
-    ``(grad * scale) * (count / B)`` with an exact count, B less for the true class; zero where the loss is 0. A class
-    that stands several times in a row has the same value each time.
+    Rank r takes the r-th entry of a list. Where only the other classes are ranked it takes the (r - 1)-th, or the
+    next one if the true class stands before that. All class ids of a row are -2 where one of its excesses is NaN, and
+    -1 where its target is ``ignore_index``.
     """
-    n_sample = classes.shape[1]
-    weight = (classes >= 0).to(grad.dtype)
+    target, ignore_index, exclude_target = labels
+
+    def pick(rank):
+        value, class_ = values[..., rank - 1], classes[..., rank - 1]
+        if not exclude_target:
+            return value, class_
+        ahead = (classes[..., : rank - 1] == target[:, None, None]).any(2)  # [N, B]: the true class stands before
+        return torch.where(ahead, value, values[..., rank - 2]), torch.where(ahead, class_, classes[..., rank - 2])
+
+    values, classes = (torch.stack(picked, dim=2) for picked in zip(*map(pick, ranks)))  # [N, B, M]
+    result = mean(values)
+    if true_score is not None:
+        result = result - true_score[:, None]
+    classes = classes.masked_fill(result.isnan().any(1)[:, None, None], -2)
     if target is not None:
-        gate = ~(result <= 0)
-        classes = torch.cat([classes, target.masked_fill(~gate, 0)[:, None]], dim=1)
-        weight = torch.cat([weight, torch.full_like(weight[:, :1], -n_sample)], dim=1) * gate[:, None]
-    classes = classes.clamp(min=0)
-    step = max(1, _BUDGET // classes.shape[1] ** 2)
-    count = [
-        ((c[:, :, None] == c[:, None, :]) * w[:, None, :]).sum(2)
-        for c, w in zip(classes.split(step), weight.split(step))
-    ]
-    count = torch.cat(count)
-    # A tensor as divisor: by a number, CUDA would multiply with its rounded inverse.
-    value = (grad[:, None] * scale) * (count / torch.full_like(count, n_sample))
-    return classes, torch.where((weight == 0).all(1, keepdim=True), torch.zeros_like(value), value)
+        ignored = target == ignore_index
+        result = result.masked_fill(ignored[:, None], 0.0)
+        classes = classes.masked_fill(ignored[:, None, None], -1)
+    return result, classes
 
 
-def gradient(
-    grad: Tensor, result: Tensor, classes: Tensor, target: Tensor | None, scale: float, first_class: int,
-    n_classes: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Gradient [N, L] of a loss, or of a smoothed value where ``target`` is None, or its slice from ``first_class`` on.
+def own_scores(scores: Tensor, target: Tensor, first_class: int) -> Tensor:
+    """The true class's score [N] where this slice of classes holds it, elsewhere 0; float64 or float32."""
+    place = target - first_class
+    inside = (place >= 0) & (place < scores.shape[1])
+    if scores.shape[1] == 0:
+        return torch.zeros_like(target, dtype=arithmetic(scores.dtype))
+    picked = scores.gather(1, place.clamp(0, scores.shape[1] - 1)[:, None])[:, 0]
+    return picked.masked_fill(~inside, 0).to(arithmetic(scores.dtype))
 
-    :func:`entries` rounded to ``dtype``, zeros elsewhere; NaN where ``result`` is NaN.
+
+def entries(grad: Tensor, classes: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    """Classes and values [N, J] of the gradient's entries, J = B * M + 1, or B * M without a target.
+
+    The value at class j is the sum over m of ``grad[m] * (count / B)``, with the exact count of j among the classes of
+    rank m, less the sum of ``grad`` where j is the true class. A class that stands several times has the same value
+    each time; an id below 0 becomes class 0 with class 0's value, which is 0 where class 0 has no entry. Rows whose
+    target is ``ignore_index`` have zeros.
     """
-    out = torch.zeros((classes.shape[0], n_classes), dtype=dtype, device=classes.device)
-    classes, values = entries(grad, result, classes, target, scale)
-    place = classes - first_class
-    row, column = ((place >= 0) & (place < n_classes)).nonzero(as_tuple=True)
-    out.index_put_((row, place[row, column]), values[row, column].to(dtype))
-    return out.masked_fill_(result.isnan()[:, None], math.nan)
+    n_rows, n_sample, n_ranks = classes.shape
+    target, ignore_index, _ = labels
+    places = classes.flatten(1)
+    if target is not None:
+        places = torch.cat([places, target[:, None]], dim=1)
+    places = places.clamp(min=0)
+    step = max(1, _BUDGET // (places.shape[1] * n_sample * n_ranks))
+    counts = torch.cat(
+        [(p[:, :, None, None] == c[:, None]).sum(2) for p, c in zip(places.split(step), classes.split(step))]
+    ).to(grad.dtype)  # [N, J, M]
+    # A tensor as divisor: by a number, CUDA would multiply with its rounded inverse.
+    terms = grad[:, None] * (counts / torch.full_like(counts, n_sample))
+    value, total = terms[..., 0], grad[:, 0]
+    for m in range(1, n_ranks):
+        value, total = value + terms[..., m], total + grad[:, m]
+    absent = (counts == 0).all(2)  # class 0 in place of an id below 0
+    if target is not None:
+        is_target = places == target[:, None]
+        value = torch.where(is_target, value - total[:, None], value)
+        absent = absent & ~is_target | (target == ignore_index)[:, None]
+    return places, value.masked_fill(absent, 0.0)
+
+
+def gradient(grad: Tensor, classes: Tensor, labels: Labels, of: Slice) -> Tensor:
+    """Gradient [N, L] of the scores from that of the excesses [N, M], or its slice from ``of.first_class`` on.
+
+    :func:`entries` rounded to ``of.dtype``, zeros elsewhere; NaN in rows whose class ids are -2.
+    """
+    out = torch.zeros((classes.shape[0], of.n_classes), dtype=of.dtype, device=classes.device)
+    found, values = entries(grad, classes, labels)
+    place = found - of.first_class
+    row, column = ((place >= 0) & (place < of.n_classes)).nonzero(as_tuple=True)
+    out.index_put_((row, place[row, column]), values[row, column].to(of.dtype))
+    return out.masked_fill_(marks_nan(classes)[:, None], math.nan)
+
+
+def marks_nan(classes: Tensor) -> Tensor:
+    """Whether a row's class ids [N, B, M] say that its gradient is NaN: [N]."""
+    return classes[:, 0, 0] == -2

@@ -4,7 +4,8 @@ Rank r holds the classes [first_r, first_r + L_r) of every row, in the order of 
 
 1. a `Meeting`: one all-gather of 32 integers, by which the ranks learn each other's number of classes, agree on rank
    0's seed, and find out that their arguments differ, or that one of them cannot go on, before any of them waits;
-2. `Shards.best`: one packed all-gather of the k best of every (row, sample), their classes, and the true class's score.
+2. `Shards.merge_lists`: one packed all-gather of the k best of every (row, sample), their classes, and the true
+   class's score.
 
 After it every rank has all that the loss and the gradient of its own classes need. Bytes: N * (2 * B * k + 1) words of
 4 (float64: 8) sent by each rank.
@@ -20,15 +21,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checks, ops, reference
+from . import checks, reference
+from .request import Labels, Noise
 
 _BLOCK = 1 << 20  # numbers whose checksum is taken at a time
 _OF_FSDP = (
-    ". The weight is a DTensor, so its classes are taken as sharded over the ranks. Is it sharded by FSDP2, and are the "
-    "ranks' batches different? Then call its module's forward, where the weight is whole; for another method use "
+    ". The weight is a DTensor, so its classes are taken as sharded over the ranks. Is it sharded by FSDP2, and are "
+    "the ranks' batches different? Then call its module's forward, where the weight is whole; for another method use "
     "torch.distributed.fsdp.register_fsdp_forward_method, or call unshard() on the module first"
 )
 _SLOTS = 32  # of the meeting's message; the same for all functions, so that no mix of calls can hang
@@ -58,8 +59,8 @@ class Shards:
     def first_class(self) -> int:
         return sum(self.sizes[: self.group.rank()])
 
-    def best(self, values: Tensor, classes: Tensor, true_score: Tensor, target: Tensor):
-        """The k best of all ranks' lists [N, B, k], and of the true class's scores [N] its owner's."""
+    def merge_lists(self, values: Tensor, classes: Tensor, true_score: Tensor, target: Tensor):
+        """The k best of all ranks' lists [N, B, k], and the true class's score [N] that its owner has."""
         n_rows, n_sample, k = values.shape
         word = torch.int64 if values.dtype == torch.float64 else torch.int32
         lists = torch.stack([values.view(word), classes.to(word)])  # [2, N, B, k]
@@ -114,16 +115,20 @@ class Meeting:
     def _exchange(self, message: list[int]) -> list[list[int]]:
         self.over = True
         # Gloo where there is one, for the message is the host's; else NCCL's device.
+        assert self.group is not None
         on_cpu = "cpu" in dist.get_backend_config(self.group)
         device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         own = torch.tensor(message, dtype=torch.int64, device=device)
         return _all_gather(own, self.group).tolist()
 
     def agree(
-        self, n_classes: int, target: Tensor, margins: Tensor | None, k: int, seed: Tensor, fixed_seed: bool,
-        ignore_index: int, features: Tensor | None = None, spare: int = 1, **facts,
-    ) -> Shards | None:  # fmt: skip
-        """The `Shards` of a call with ``n_classes`` classes here; raises on every rank where ranks disagree."""
+        self, n_classes: int, labels: Labels, wanted: Noise, *, fixed_seed: bool, tensors: dict, facts: dict
+    ) -> Shards | None:
+        """The `Shards` of a call with ``n_classes`` classes here; raises on every rank where ranks disagree.
+
+        The ranks compare the bits of ``tensors`` and the values of ``facts``, both by the names of the user's
+        arguments.
+        """
         if self.group is None:
             return None
         if torch.compiler.is_exporting():
@@ -135,48 +140,66 @@ class Meeting:
                 "torch.func does not transform a loss whose classes are sharded: call backward() or torch.autograd.grad"
             )
         agree = torch.compiler.disable(self._agree) if torch.compiler.is_compiling() else self._agree
-        return agree(n_classes, target, margins, k, seed, fixed_seed, ignore_index, features, spare, facts)
+        return agree(n_classes, labels, wanted, fixed_seed, tensors, facts)
 
-    def _agree(self, n_classes, target, margins, k, seed, fixed_seed, ignore_index, features, spare, facts):
-        labels = target.masked_fill(target == ignore_index, 0)
-        marks = [seed, _checksum(target), *(labels.aminmax() if len(labels) else (torch.zeros_like(seed),) * 2)]
-        if margins is not None:
-            marks.append(_checksum(margins[labels.clamp(0, len(margins) - 1)] if len(margins) else margins))
-        if features is not None:
-            marks.append(_checksum(features))
-        number, mark, low, high, *others = torch.stack(marks).tolist()  # waits for the device once
+    def _agree(self, n_classes, labels, wanted, fixed_seed, tensors, facts):
+        target, ignore_index, _ = labels
+        known = target.masked_fill(target == ignore_index, 0)
+        tensors = {"target": target} | tensors
+        if wanted.schedule is not None:
+            tensors |= {"epsilon": wanted.schedule[None]}
+        ends = known.aminmax() if len(known) else (torch.zeros_like(wanted.seed),) * 2
+        marks = [wanted.seed, *ends, *map(_checksum, tensors.values())]
+        seed, low, high, *marks = torch.stack(marks).tolist()  # waits for the device once
         facts = {
             "function": self.function,
             "shape of target": tuple(target.shape),
+            "target": None,  # its place, before the margins, which depend on it; the checksum follows
             "ignore_index": ignore_index,
+            "n_sample": wanted.n_sample,
+            "noise": wanted.law,
+            "sampler": wanted.dense,
+            "epsilon": wanted.epsilon,
+            "seed": seed if fixed_seed else None,
         } | facts
-        facts |= {
-            "k": k,
-            "seed": number if fixed_seed else None,
-            "target": mark,
-            "margins": None if margins is None else (len(margins), others[0]),
-            "input": None if features is None else others[-1],
-        }
-        codes = [zlib.crc32(repr(value).encode()) for value in facts.values()]
-        message = [1, n_classes, number, *codes]
+        codes = {name: zlib.crc32(repr(value).encode()) for name, value in facts.items()}
+        codes |= {name: zlib.crc32(repr(mark).encode()) for name, mark in zip(tensors, marks)}
+        message = [1, n_classes, seed, *codes.values()]
         everyone = self._exchange(message + [0] * (_SLOTS - len(message)))
         for rank, (able, *_) in enumerate(everyone):
             if not able:
                 raise RuntimeError(f"rank {rank} cannot take part in {self.function}: its own error says why")
         for rank, (_, _, _, *others) in enumerate(everyone):
-            for name, ours, theirs in zip(facts, codes, others):
+            for (name, ours), theirs in zip(codes.items(), others):
                 if ours != theirs:
-                    shown = "" if name in ("target", "margins", "input") else f", {facts[name]!r} here"
+                    shown = "" if name in tensors else f", {facts[name]!r} here"
                     raise ValueError(
                         f"all ranks must pass the same {name}; rank {rank}'s is not this rank's{shown}{self.hint}"
                     )
-        shards = Shards(self.group, tuple(m[1] for m in everyone), torch.full_like(seed, everyone[0][2]))
-        checks.rank(k, shards.n_classes, spare)
-        if margins is not None:
-            checks.margins(margins, shards.n_classes, margins.device, margins.dtype)
+        shards = Shards(self.group, tuple(m[1] for m in everyone), torch.full_like(wanted.seed, everyone[0][2]))
         if low < 0 or high >= shards.n_classes:
-            checks.labels(target, shards.n_classes, ignore_index)
+            checks.check_labels(target, shards.n_classes, ignore_index)
         return shards
+
+
+def agree_on(meeting: Meeting, search, hinge, *, fixed_seed: bool, tensors: dict, facts: dict):
+    """``search`` with the `Shards` of its ranks and rank 0's seed, after the ranks compared their arguments.
+
+    ``search`` is a `Search` or a `LinearSearch`, and ``hinge`` the loss that is made of it, or None.
+    """
+    if meeting.group is None:
+        return search
+    labels, wanted = search.labels, search.noise
+    top = tuple(rank - 1 for rank in wanted.ranks)
+    facts = {"k": top, "exclude_target": labels.exclude_target} | facts
+    if hinge is not None:
+        facts, tensors = facts | hinge.facts(), tensors | hinge.tensors(labels)
+    shards = meeting.agree(search.n_classes, labels, wanted, fixed_seed=fixed_seed, tensors=tensors, facts=facts)
+    assert shards is not None
+    checks.check_top(top, shards.n_classes, least=int(labels.exclude_target))
+    if hinge is not None and hinge.margins is not None:
+        checks.check_margins(hinge.margins, shards.n_classes, hinge.margins.device, hinge.margins.dtype)
+    return search._replace(shards=shards, noise=wanted._replace(seed=shards.seed))
 
 
 def _checksum(x: Tensor) -> Tensor:
@@ -187,49 +210,6 @@ def _checksum(x: Tensor) -> Tensor:
         place = torch.arange(i * _BLOCK, i * _BLOCK + len(block), device=x.device)
         total += (block * (place * 0x9E3779B97F4A7C1 + 1)).sum()
     return total
-
-
-def own_scores(scores: Tensor, target: Tensor, first_class: int) -> Tensor:
-    """The true class's score [N] where this slice of classes holds it, elsewhere 0; float64 or float32."""
-    place = target - first_class
-    inside = (place >= 0) & (place < scores.shape[1])
-    if scores.shape[1] == 0:
-        return torch.zeros_like(target, dtype=reference.arithmetic(scores.dtype))
-    picked = scores.gather(1, place.clamp(0, scores.shape[1] - 1)[:, None])[:, 0]
-    return picked.masked_fill(~inside, 0).to(reference.arithmetic(scores.dtype))
-
-
-class _ShardedLoss(Function):
-    """Scores [N, L_r] of this rank's classes to the losses [N] over all classes; its gradient needs no other rank."""
-
-    @staticmethod
-    def forward(ctx, scores, target, margins, shards, k, epsilon, n_sample, scale, ignore_index, dense, backend):
-        first, n_local = shards.first_class, scores.shape[1]
-        if n_local:
-            search = ops.kernel("candidates", backend)
-            values, classes = search(scores, shards.seed, k, epsilon, n_sample, 0, first, dense)
-        else:
-            values, classes = reference.empty_lists(scores, k, n_sample)
-        values, classes, true_score = shards.best(values, classes, own_scores(scores, target, first), target)
-        losses, classes, _ = reference.loss_of(
-            values[..., -1], classes[..., -1], true_score, target, margins, scale, ignore_index
-        )
-        ctx.save_for_backward(losses, classes, target)
-        ctx.slice = (scale, first, n_local, scores.dtype)
-        ctx.backend = backend
-        return losses
-
-    @staticmethod
-    def backward(ctx, grad):
-        if torch.is_grad_enabled() and grad.requires_grad:
-            raise RuntimeError(
-                "a loss whose classes are sharded has no second derivative: call backward without create_graph"
-            )
-        gradient = ops.kernel("gradient", ctx.backend)
-        return gradient(grad.contiguous(), *ctx.saved_tensors, *ctx.slice), *[None] * 10
-
-
-loss = _ShardedLoss.apply
 
 
 def local_part(name: str, x, class_dim: int, process_group) -> tuple[Tensor, dist.ProcessGroup | None, Callable | None]:
@@ -264,7 +244,8 @@ def replicated(x):
 
 
 def check_unmanaged(weight: Tensor) -> None:
-    """Refuses row-sparse gradients where DistributedDataParallel or FSDP2 will reduce them, which take dense ones alone."""
+    """Refuses row-sparse gradients where DistributedDataParallel or FSDP2 will reduce them, which take dense ones
+    only."""
     replica = DistributedDataParallel._get_active_ddp_module()
     if replica is not None and any(weight is p for p in replica._module_parameters):
         manager = "DistributedDataParallel"

@@ -1,14 +1,17 @@
-"""The noise contract, version 1, in Triton: topk_fast/noise.py has its text, csrc/noise.h the C++ form.
+"""The noise contract, version 2, in Triton: topk_fast/noise.py has its text, csrc/noise.h is the C++ form.
 
-Function by function as those two, pinned by tests/known_answers.json. Bits are equal because each float32 operation
-is exactly rounded and done once, in the order written: launch with ``enable_fp_fusion=False`` (EXACT in launch.py),
-divide with ``tl.div_rn``, take roots with ``tl.sqrt_rn``. Words are uint32 tensors.
+The functions are those of these two files, and tests/known_answers.json pins them. Bits are equal because each float32
+operation is exactly rounded and done once, in the order written: launches set ``enable_fp_fusion=False`` (EXACT in
+launch.py), divisions are ``tl.div_rn``, roots are ``tl.sqrt_rn``. Words are uint32 tensors.
 """
 
 import math
 
 import triton
 import triton.language as tl
+
+NORMAL = tl.constexpr(0)  # laws by their numbers in the ops
+GUMBEL = tl.constexpr(1)
 
 
 @triton.jit
@@ -29,18 +32,24 @@ def philox(c0, c1, c2, c3, seed):
 
 
 @triton.jit
+def twice_artanh(s):
+    """ln((1 + s) / (1 - s)) for a small s, by its series."""
+    t = s * s
+    p = t * 0.11111111 + 0.14285715
+    p = p * t + 0.2
+    p = p * t + 0.33333334
+    p = p * t + 1.0
+    return (s * 2.0) * p
+
+
+@triton.jit
 def ln(x):
     """Natural logarithm of a positive normal float32."""
     bits = x.to(tl.int32, bitcast=True)
     e = (bits - 0x3F3504F3) >> 23
     m = (bits - (e << 23)).to(tl.float32, bitcast=True)
     s = tl.div_rn(m - 1.0, m + 1.0)
-    t = s * s
-    p = t * 0.11111111 + 0.14285715
-    p = p * t + 0.2
-    p = p * t + 0.33333334
-    p = p * t + 1.0
-    return e.to(tl.float32) * 0.69314718 + (s * 2.0) * p
+    return e.to(tl.float32) * 0.69314718 + twice_artanh(s)
 
 
 @triton.jit
@@ -70,11 +79,17 @@ def upper_quantile(p):
 
 
 @triton.jit
-def normal(word):
-    """A standard normal draw, falling as its word grows."""
+def tail_of(word):
+    """The smaller tail's probability, in (0, 1/2), and -1 where it is the lower one, else 0."""
     w = word.to(tl.int32, bitcast=True)
     s = w >> 31
-    p = ((w ^ s).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return ((w ^ s).to(tl.float32) + 0.5) * 2.3283064365386963e-10, s
+
+
+@triton.jit
+def normal(word):
+    """A standard normal draw, falling as its word grows."""
+    p, s = tail_of(word)
     z = upper_quantile(p).to(tl.int32, bitcast=True)
     return (z ^ (s << 31)).to(tl.float32, bitcast=True)
 
@@ -111,32 +126,60 @@ def hazard_quantile(e):
 
 
 @triton.jit
+def gumbel(word):
+    """A draw from Gumbel's law less its mean, Euler's constant, falling as its word grows."""
+    p, s = tail_of(word)
+    return gumbel_level(tl.where(s < 0, -ln(p), twice_artanh(tl.div_rn(p, 2.0 - p))))  # -ln(1 - p) by the series
+
+
+@triton.jit
+def gumbel_level(e):
+    """The z with -ln F(z) = e for Gumbel's law less its mean: the level of the arrival at time e."""
+    return -ln(e) - 0.5772157
+
+
+@triton.jit
+def draw_of(word, LAW: tl.constexpr):
+    """A law's draw that belongs to a word."""
+    return gumbel(word) if LAW == GUMBEL else normal(word)
+
+
+@triton.jit
+def level_of(time, LAW: tl.constexpr):
+    """A law's level that belongs to an arrival's time."""
+    return gumbel_level(time) if LAW == GUMBEL else hazard_quantile(time)
+
+
+@triton.jit
 def gap(word):
-    """An Exp(1) gap in units of 2**-24 (int32): integers, so that sums are exact in any order."""
+    """An Exp(1) gap in units of 2**-24 (int32), at least 1: integers, so that sums are exact in any order."""
     u = ((word >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
-    return (-ln(u) * 16777216.0).to(tl.int32)
+    return (-ln(u) * 16777216.0).to(tl.int32) + 1
 
 
 @triton.jit
 def arrival_time(gaps, n_classes):
     """Time of an arrival from the int64 sum of its gaps, for a process of rate ``n_classes``."""
-    return (gaps.to(tl.float32) * 5.9604644775390625e-08) * tl.div_rn(1.0, n_classes.to(tl.float32))
+    return (gaps.to(tl.float32) * 5.9604644775390625e-08) * tl.div_rn(1.0, tl.cast(n_classes, tl.float32))
 
 
 @triton.jit
 def arrival_class(word, n_classes):
     """Class of an arrival, from 0 on, of ``n_classes``."""
-    return ((word.to(tl.uint64) * n_classes.to(tl.uint64)) >> 32).to(tl.int32)
+    return ((word.to(tl.uint64) * tl.cast(n_classes, tl.uint64)) >> 32).to(tl.int32)
 
 
-def wanted_contenders(n_classes: int, k: int) -> int:
+def wanted_contenders(n_classes: int, k: int, law: int) -> int:
     """About how many classes :func:`plan` lets through."""
-    return max(32, 4 * k, math.isqrt(4 * n_classes))
+    balanced = math.isqrt(4 * n_classes)
+    if law == GUMBEL.value:
+        balanced = min(balanced, math.isqrt(k * n_classes // 2))
+    return max(32, 4 * k, balanced)
 
 
-def plan(n_classes: int, k: int) -> tuple[int, int, int] | None:
+def plan(n_classes: int, k: int, law: int) -> tuple[int, int, int] | None:
     """Where to put the cut: ``(group, stride, rank)``, or None where every class is a contender."""
-    wanted = wanted_contenders(n_classes, k)
+    wanted = wanted_contenders(n_classes, k, law)
     if n_classes < 2 * wanted:
         return None
     group = 1

@@ -1,8 +1,8 @@
-"""Order and selection on tensors of a program: integer keys of scores and of (value, class), bags of the k best.
+"""Order and selection on tensors of a program: keys of scores and of (value, class), and Best, the k best so far.
 
 A key is an int64 that orders noised scores as the contract does, value descending, then class ascending:
 ``ordered(value) << 32 | (2**31 - 1 - class) << 1 | is minus zero``. The last bit keeps the value whole, for -0 equals
-+0 in ``ordered``. A bag is a column of k keys in any order: its least is the k-th best so far. Columns are samples,
++0 in ``ordered``. A Best is a column of k keys in any order, whose least is the k-th best so far. Columns are samples,
 so that lanes of a warp share them out and most of a maximum is taken inside a lane, without shuffles.
 """
 
@@ -11,8 +11,8 @@ import triton.language as tl
 
 NO_KEY = tl.constexpr(-(1 << 63))  # below everything
 NO_SCORE = tl.constexpr(-2139095041)  # ordered(-inf)
-EMPTY = tl.constexpr(-2139095041 << 32)  # + slot: a place of a bag that nobody has taken
-PADDING = tl.constexpr(0x7FFFFFFF << 32)  # a bag's rows from k on; no class has these low bits
+EMPTY = tl.constexpr(-2139095041 << 32)  # + its number: a place that holds no key yet
+PADDING = tl.constexpr(0x7FFFFFFF << 32)  # the places from k on; no class has these low bits
 MAX32 = tl.constexpr(0x7FFFFFFF)
 
 
@@ -53,25 +53,25 @@ def class_of(key):
 
 
 @triton.jit
-def empty_bags(k, WIDTH: tl.constexpr, N: tl.constexpr):
-    """N bags for k keys each: int64 [WIDTH, N]."""
-    slot = tl.arange(0, WIDTH)[:, None] + tl.zeros((WIDTH, N), tl.int32)
-    return tl.where(slot < k, EMPTY + slot.to(tl.int64), PADDING)
+def empty_best(k, KEPT: tl.constexpr, N: tl.constexpr):
+    """N times places for k keys: int64 [KEPT, N]."""
+    place = tl.arange(0, KEPT)[:, None] + tl.zeros((KEPT, N), tl.int32)
+    return tl.where(place < k, EMPTY + place.to(tl.int64), PADDING)
 
 
 @triton.jit
-def enter(bags, keys):
-    """The best of ``keys`` [M, N], all different, into the bags, best first, until none is better than a bag's least."""
-    worst = tl.min(bags, 0)
-    best = tl.max(keys, 0)
-    more = tl.max((best > worst).to(tl.int32), 0)
+def enter(best, keys):
+    """The best of ``keys`` [M, N], all different, enter, the largest first, until none exceeds a column's least."""
+    worst = tl.min(best, 0)
+    top = tl.max(keys, 0)
+    more = tl.max((top > worst).to(tl.int32), 0)
     while more > 0:
-        bags = tl.where((bags == worst[None, :]) & (best > worst)[None, :], best[None, :], bags)
-        keys = tl.where(keys == best[None, :], NO_KEY, keys)
-        worst = tl.min(bags, 0)
-        best = tl.max(keys, 0)
-        more = tl.max((best > worst).to(tl.int32), 0)
-    return bags
+        best = tl.where((best == worst[None, :]) & (top > worst)[None, :], top[None, :], best)
+        keys = tl.where(keys == top[None, :], NO_KEY, keys)
+        worst = tl.min(best, 0)
+        top = tl.max(keys, 0)
+        more = tl.max((top > worst).to(tl.int32), 0)
+    return best
 
 
 @triton.jit

@@ -1,8 +1,10 @@
-"""The benchmark harness: its gate refuses what is wrong, its loop is fair, and loss.py writes what it says."""
+"""Contract under test: the gate refuses wrong losses, candidates are timed fairly, and programs write their results."""
 
+import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,14 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import gpu
-import harness
-import linear
-import loss
-import memory
-import tables
-from peers import PEERS, Case
-from testing import ROOT
+from benchmarks import ROOT, gpu, harness, linear, loss, memory, tables
+from benchmarks.peers import PEERS, Case
+from benchmarks.study import tables as study_tables
+from examples.machine import environment
 from topk_fast import BalNoisedTopK
 
 CASE = Case(64, 100, n_sample=5)
@@ -85,7 +83,7 @@ def test_gate_sees_one_bit(monkeypatch, part):
     """A backend whose first loss, or gradient, is one unit in the last place off."""
     right = harness.bal_noised_topk_loss
     if harness.ours("cpu") == ["torch"]:
-        pytest.skip("the C++ kernels are not built: there is one backend alone")
+        pytest.skip("the C++ kernels are not built: there is only one backend")
 
     def wrong(scores, *args, backend, **kwargs):
         if backend == "torch":
@@ -159,7 +157,7 @@ def test_other_errors_are_not_taken_for_memory():
 
 
 class Steps:
-    """Candidates that take as long as told by a clock of their own, and a list of who ran."""
+    """Candidates that take given times by a clock of their own, and the order in which they ran."""
 
     def __init__(self, **seconds):
         self.now, self.ran = 0.0, []
@@ -241,10 +239,11 @@ def test_peak_memory_of_losses():
 def test_limit_makes_large_allocations_raise():
     """In a process of its own, which keeps the limit: what Linux grants otherwise, pages it never touches."""
     code = (
-        "import memory, resource, torch; memory.limit(); free = resource.getrlimit(resource.RLIMIT_DATA)[0]\n"
+        "import resource, torch; from benchmarks import memory; memory.limit()\n"
+        "free = resource.getrlimit(resource.RLIMIT_DATA)[0]\n"
         "print(free > 0, memory.attempt(torch.empty, free // 4 + 1)[1])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "True out of memory", done.stderr
 
 
@@ -253,7 +252,7 @@ def test_limit_makes_large_allocations_raise():
 
 def test_environment(monkeypatch):
     monkeypatch.setenv("COMMIT", "abc1234")
-    out = harness.environment("cpu")
+    out = environment("cpu")
     assert out["commit"] == "abc1234" and out["torch"] == torch.__version__ and out["threads"] == 1
     assert {"cpu", "python", "pytopk", "topk_fast", "compiler", "instruction_sets", "date", "command"} <= set(out)
     json.dumps(out)
@@ -309,9 +308,9 @@ def test_loss_writes_its_result(tiny, tmp_path, capsys):
     assert {key: first[key] for key in case} == case
     assert list(first["ms"]) == ["topk_fast", "cross-entropy", "pytopk"]
     assert all(set(ms) == {"lower", "median", "upper", "repeats"} for ms in first["ms"].values())
-    assert first["left_out"] == {"Liger": "runs on cuda alone"} and set(first["peak_bytes"]) == {"topk_fast"}
+    assert first["left_out"] == {"Liger": "runs only on cuda"} and set(first["peak_bytes"]) == {"topk_fast"}
     assert second["dtype"] == "bfloat16" and second["peak_bytes"] == second["left_out"] == {}
-    assert "Liger left out: runs on cuda alone" in capsys.readouterr().out
+    assert "Liger left out: runs only on cuda" in capsys.readouterr().out
 
 
 def test_what_is_measured_stays(tiny, monkeypatch, tmp_path):
@@ -366,16 +365,20 @@ def seeds(*values):
 
 def test_bold_is_what_the_seeds_do_not_tell_from_the_best():
     runs = {"best": seeds(0.80, 0.81, 0.82), "like it": seeds(0.79, 0.81, 0.80), "worse": seeds(0.60, 0.62, 0.61)}
-    cells = tables.accuracy_cells(runs, "top-1")
+    cells = study_tables.accuracy_cells(runs, "top-1")
     assert cells == {"best": "**81.0 ± 1.0**", "like it": "**80.0 ± 1.0**", "worse": "61.0 ± 1.0"}
 
 
 def test_losses_are_compared_seed_by_seed():
     best = seeds(0.50, 0.60, 0.70)
-    assert tables.falls_short(seeds(0.49, 0.59, 0.685), best, "top-1")  # a little, but on every seed
-    assert not tables.falls_short(seeds(0.40, 0.70, 0.69), best, "top-1")
-    assert tables.falls_short(list(reversed(seeds(0.49, 0.59, 0.685))), best, "top-1")  # in whatever order they ran
-    assert tables.falls_short(seeds(0.4, 0.5, 0.6), best, "top-1") and not tables.falls_short(best, best, "top-1")
+    assert study_tables.falls_short(seeds(0.49, 0.59, 0.685), best, "top-1")  # a little, but on every seed
+    assert not study_tables.falls_short(seeds(0.40, 0.70, 0.69), best, "top-1")
+    assert study_tables.falls_short(
+        list(reversed(seeds(0.49, 0.59, 0.685))), best, "top-1"
+    )  # in whatever order they ran
+    assert study_tables.falls_short(seeds(0.4, 0.5, 0.6), best, "top-1") and not study_tables.falls_short(
+        best, best, "top-1"
+    )
 
 
 def test_what_did_not_fit_stands_in_the_linear_table(monkeypatch):
@@ -447,12 +450,12 @@ def test_a_benchmark_that_is_cut_short_has_not_failed_if_it_wrote_results(tmp_pa
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_last_line_and_the_exit_code_say_what_failed(monkeypatch, tmp_path, capsys, fails):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu.harness, "environment", lambda device: {})
+    monkeypatch.setattr(gpu, "environment", lambda device: {})
     monkeypatch.setenv("OUT", str(tmp_path))
     code = "raise SystemExit(2)" if fails else ""
     monkeypatch.setattr(gpu, "steps", lambda which: [gpu.Step("tests", 20, [sys.executable, "-c", code])])
     if fails:
-        with pytest.raises(SystemExit, match=r"failed: tests \(failed with 2\); .*gpu\.log has what they printed"):
+        with pytest.raises(SystemExit, match=r"failed: tests \(failed with 2\); .*gpu\.log has their output"):
             gpu.main([])
     else:
         gpu.main([])
@@ -463,8 +466,8 @@ def test_an_environment_without_git_and_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.delenv("COMMIT", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    environment = harness.environment("cuda")
-    assert (environment["commit"], environment["driver"], environment["device"]) == ("unknown", "unknown", "a GPU")
+    found = environment("cuda")
+    assert (found["commit"], found["driver"], found["device"]) == ("unknown", "unknown", "a GPU")
 
 
 TESTS_CUT_SHORT = """
@@ -477,11 +480,17 @@ def test_last():
 """
 
 
-def test_tests_that_are_cut_short_report_what_they_found(tmp_path, capsys):
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["in the foreground", "in the background"])
+def test_tests_that_are_cut_short_report_what_they_found(tmp_path, capsys, monkeypatch, before):
     """pytest prints failures at its end only, which an interrupt lets it reach."""
+    kept = signal.signal(signal.SIGINT, before)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins would take seconds of the step
     (tmp_path / "test_slow.py").write_text(TESTS_CUT_SHORT)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "test_slow.py")]
-    (failed,) = gpu.run_all([gpu.Step("tests", 12, command)], tmp_path, 30)
+    try:
+        (failed,) = gpu.run_all([gpu.Step("tests", 12, command)], tmp_path, 40)
+    finally:
+        signal.signal(signal.SIGINT, kept)
     assert failed.startswith("tests (cut short: 1 failed, 2 passed in ")
     assert "assert 0" in (tmp_path / "gpu.log").read_text()
     assert "cut short: 1 failed, 2 passed in " in capsys.readouterr().out
@@ -528,14 +537,14 @@ def test_summary_of_a_step(output, expected):
 
 
 def test_the_sanitizers_get_few_cases_of_each_kind():
-    """On a GPU, where each of CUDA's tests runs once; here it runs in the model, in one order of threads or in three."""
+    """On a GPU, each CUDA test runs once; here it runs in the model, in one order of threads or in three."""
     command = [sys.executable, "-m", "pytest", "--collect-only", *gpu.TESTS[1:], "-k", gpu.FEW]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     names = re.findall(r"::(\w+)", found)
     assert {name: names.count(name) for name in names} == {
         "test_more_contenders_than_a_list_holds": 1 + 2,  # with Triton, in one part and in four
         "test_rows_that_several_blocks_collect": 1,
-        "test_losses_and_gradients": 3,
+        "test_excesses_and_gradients": 2,
     }
 
 
@@ -554,11 +563,10 @@ ABSENT = (
 
 
 def test_make_gpu_needs_few_packages():
-    """Where only torch, Triton, pytest with its benchmark plug-in, numpy and scipy are installed: what it imports is there."""
+    """Torch, Triton, pytest with its benchmark plug-in, numpy and scipy suffice for its imports."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))\n"
-        "sys.path.insert(0, 'benchmarks')\n"
-        "import gpu, loss, linear\n"
+        "from benchmarks import gpu, loss, linear\n"
         "print(len(loss.entries('full', 'cuda')))\n"
         "import pytest\n"
         "plugins = ['-p', 'pytest_benchmark.plugin', '-p', 'no:cacheprovider']\n"
@@ -580,4 +588,7 @@ def test_every_step_names_what_is_there():
     for step in gpu.steps("quick"):
         for word in step.command:
             assert not word.endswith(".py") or (ROOT / word).exists(), word
+        if "benchmarks" in " ".join(step.command):
+            module = step.command[step.command.index("-m") + 1]
+            assert importlib.util.find_spec(module), module
     assert sum(step.seconds for step in gpu.steps("full")) <= 480

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,12 @@ for needed in ("torchmetrics", "matplotlib", "fontTools", "PIL", "tqdm"):
 
 import demo  # noqa: E402
 import evaluation  # noqa: E402
-import glyphs  # noqa: E402
 import report  # noqa: E402
-import search  # noqa: E402
-import species  # noqa: E402
 import training  # noqa: E402
-from blastdb import IUPAC, BlastDatabase  # noqa: E402
-from dataset import Dataset, cached, split_rows  # noqa: E402
+import tuning  # noqa: E402
+from data_sets import glyphs, species  # noqa: E402
+from data_sets.blastdb import IUPAC, BlastDatabase  # noqa: E402
+from data_sets.dataset import Dataset, cached, shuffle_within_classes, split_rows  # noqa: E402
 
 FORWARD, REVERSE = "CAGCAGCCGCGGTAA", "ATTAGATACCCTGGT"
 
@@ -204,6 +204,15 @@ def test_split_is_stratified_and_complete():
     assert not np.array_equal(split.test, other.test)
 
 
+def test_rows_are_shuffled_within_their_classes():
+    target = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [1, 5, 20, 30]))
+    order, rank = shuffle_within_classes(target, seed=1)
+    np.testing.assert_array_equal(target[order], np.sort(target))
+    np.testing.assert_array_equal(rank, np.concatenate([np.arange(n) for n in (1, 5, 20, 30)]))
+    assert len(set(order.tolist())) == len(target)
+    assert (np.diff(order[target[order] == 3]) < 0).any()  # not in the order of the rows
+
+
 def test_split_refuses_too_small_a_class():
     with pytest.raises(ValueError, match="at least 4 rows, got 3 of class 1"):
         split_rows(np.array([0] * 4 + [1] * 3), seed=0)
@@ -280,21 +289,39 @@ def test_no_rare_class_gives_none():
     assert evaluation.accuracies(scores, target, torch.full((6,), 50))["top-5, <10 rows"] is None
 
 
+def test_steps_visit_all_rows_in_each_epoch_and_stop_when_no_loss_is_asked_for():
+    weights = [torch.zeros(3, requires_grad=True) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr) for weight, lr in zip(weights, (1.0, 0.5))]
+    seen = []
+
+    def loss_of(rows):
+        seen.append(rows.tolist())
+        return (weights[0] + weights[1]).sum() + len(rows)
+
+    torch.manual_seed(0)
+    losses = list(islice(training.take_steps(loss_of, 10, 4, optimizers), 7))
+    epochs = [sum(seen[:3], []), sum(seen[3:6], [])]
+    assert [len(rows) for rows in seen] == [4, 4, 2, 4, 4, 2, 4]
+    assert epochs[0] != epochs[1] and all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert [loss.item() for loss in losses[:3]] == [4, 4 - 4.5, 2 - 9]  # each step takes 1.5 from each of three sums
+    assert (weights[0] == -7).all() and (weights[1] == -3.5).all()
+
+
 @pytest.mark.parametrize("name", training.LOSSES)
 def test_training_learns(name):
     data = small_data()
-    group, target, inputs = torch.from_numpy(data.group), torch.from_numpy(data.target), data.features()
+    rows = demo.labelled_rows(data)
     settings = training.Settings(lr=1e-2, weight_decay=0.0, epsilon=0.02, max_m=0.1)
-    model = training.fit(name, settings, inputs, group, target, len(data.classes), epochs=40, seed=0)
-    rank = evaluation.ranks(training.scores_of(model, inputs, group), target)
+    model = training.fit(name, settings, rows, epochs=40, seed=0)
+    rank = evaluation.ranks(training.scores_of(model, rows), rows.target)
     assert float((rank < 5).float().mean()) > 0.95  # a network that ignores its input gets 5/30
 
 
 def test_every_loss_gets_the_same_trials_within_its_space():
     for name in training.LOSSES:
-        drawn = search.draw_settings(name, trials=8, seed=0)
+        drawn = tuning.draw_settings(name, trials=8, seed=0)
         assert len(set(drawn)) == 8
-        for key, (low, high) in search.SPACE[name].items():
+        for key, (low, high) in tuning.SPACE[name].items():
             assert all(low <= getattr(settings, key) <= high for settings in drawn)
 
 
@@ -329,8 +356,8 @@ def test_the_demo_reports_every_loss_and_draws(run_demo, tmp_path, capsys):
 def test_tuning_uses_no_test_row(run_demo, monkeypatch):
     split = split_rows(small_data().target, demo.SPLIT_SEED)
     scored = []
-    monkeypatch.setattr(search, "scores_of", lambda model, inputs, group: scored.append(group) or inputs[group])
-    monkeypatch.setattr(search, "accuracies", lambda scores, target, count: {"macro top-5": float(len(scores))})
+    monkeypatch.setattr(tuning, "scores_of", lambda model, rows: scored.append(rows.group) or rows.inputs[rows.group])
+    monkeypatch.setattr(tuning, "accuracies", lambda scores, target, count: {"macro top-5": float(len(scores))})
     result = run_demo("demo_tuning.json", "--tune", "--trials", "2", "--epochs", "1")
     assert [trial["loss"] for trial in result["trials"]] == [name for name in training.LOSSES for _ in range(2)]
     for group in scored:
@@ -350,13 +377,26 @@ def test_the_right_guess_is_starred():
     assert report.guesses_text({"a": ["b", "a"], "bb": ["c", "d"]}).splitlines() == ["a   b, *a*", "bb  c, d"]
 
 
+@pytest.mark.parametrize("script", ["demo.py", "all_species.py"])
+def test_examples_import_nothing_of_the_checkout(script):
+    """As a user runs them: the package is installed, and the repository is not on the path."""
+    folder = Path(demo.__file__).parent
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys(['benchmarks', 'examples', 'testing'])); sys.path[0] = {str(folder)!r}\n"
+        f"sys.argv = [{script!r}, '--help']; runpy.run_path({str(folder / script)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}"), done.stderr
+
+
 def run_all_species(folder, name, *arguments, processes=None):
     """What a run of the example wrote; with ``processes``, as torchrun starts it."""
-    script, out = str(Path(species.__file__).with_name("all_species.py")), folder / f"{name}.json"
+    script, out = str(Path(demo.__file__).with_name("all_species.py")), folder / f"{name}.json"
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = (run if processes else [sys.executable]) + [script, *arguments]
     command += ["--cache", str(folder), "--out", str(out), "--epochs", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(species.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(demo.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout

@@ -246,13 +246,24 @@ def test_fake_tensors_ask_no_device(have):
         ("cpp", tensor_on("meta"), "backend 'cpp' runs on CPU tensors, got input on meta"),
         ("cpp", tensor_on("cuda:0"), "backend 'cpp' runs on CPU tensors, got input on cuda:0"),
         ("cuda", tensor_on("cpu"), "backend 'cuda' runs on CUDA tensors, got input on cpu"),
-        ("triton", tensor_on("xpu:0"), "backend 'triton' runs on CUDA and HIP tensors (with TRITON_INTERPRET=1 in the "
-         "environment on CPU tensors too, for debugging), got input on xpu:0"),
-        ("triton", tensor_on("cuda:0", torch.float64),
-         "backend 'triton' takes float32, bfloat16 or float16 input, got torch.float64"),
-        ("triton", tensor_on("cuda:0", shape=(1, 2**31 - 1)), "backend 'triton' takes up to 2147352576 classes, got 2147483647"),
+        (
+            "triton",
+            tensor_on("xpu:0"),
+            "backend 'triton' runs on CUDA and HIP tensors (with TRITON_INTERPRET=1 in the "
+            "environment on CPU tensors too, for debugging), got input on xpu:0",
+        ),
+        (
+            "triton",
+            tensor_on("cuda:0", torch.float64),
+            "backend 'triton' takes float32, bfloat16 or float16 input, got torch.float64",
+        ),
+        (
+            "triton",
+            tensor_on("cuda:0", shape=(1, 2**31 - 1)),
+            "backend 'triton' takes up to 2147352576 classes, got 2147483647",
+        ),
     ],
-)  # fmt: skip
+)
 def test_input_that_a_named_backend_does_not_take(have, backend, input, message):
     have("cpp", "cuda", "triton", capabilities=[(9, 0)])
     with pytest.raises(ValueError) as raised:
@@ -287,8 +298,8 @@ def test_auto_warns_once_where_nothing_is_built(have, name):
     have("triton")
     expected, caught = warned(CALLS[name], X)
     assert [str(w.message) for w in caught] == [
-        "backend='auto' runs the PyTorch reference on this cpu input, which is many times slower than the compiled kernels. "
-        "Backend 'cpp' is not available: no cpp, build it. "
+        "backend='auto' runs the PyTorch reference on this cpu input, which is many times slower than the "
+        "compiled kernels. Backend 'cpp' is not available: no cpp, build it. "
         "Pass backend='torch' to choose the reference without this warning."
     ]
     assert caught[0].category is UserWarning
@@ -372,11 +383,10 @@ def test_devices_without_kernels_warn_as_well(have, device):
 # Names and facts
 
 
-@pytest.mark.parametrize("op", ["candidates", "smoothed", "loss", "gradient"])
+@pytest.mark.parametrize("op", ["candidates", "excess", "gradient", "linear_candidates", "linear_excess"])
 def test_each_name_has_its_op(op):
-    suffixes = {"cpp": "", "cuda": "", "triton": "_triton", "torch": "_torch"}
-    for name, suffix in suffixes.items():
-        assert ops.kernel(op, name) is getattr(torch.ops.topk_fast, op + suffix).default
+    for name in NAMES:
+        assert ops.kernel(op, name) is getattr(torch.ops.topk_fast, f"{op}_{name}").default
 
 
 @pytest.mark.parametrize("name", available_backends())
@@ -391,7 +401,7 @@ def test_auto_takes_the_first():
 def test_build_info():
     info = build_info()
     assert json.loads(json.dumps(info)) == info
-    assert info["torch"] == torch.__version__ and info["contract"] == 1
+    assert info["torch"] == torch.__version__ and info["contract"] == 2
     assert list(info["backends"]) == NAMES and info["backends"]["torch"] == "available"
     there = {name for device in ("cpu", "cuda") for name in available_backends(device)}
     assert {name for name, said in info["backends"].items() if said == "available"} == there

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from testing import BACKENDS, NAN
-from topk_fast import LinearBalNoisedTopK, LinearImbalNoisedTopK, NormedLinear, linear_ops, ops
+from topk_fast import LinearBalNoisedTopK, LinearImbalNoisedTopK, NormedLinear, heads, linear_op, ops
 from topk_fast import nn as nn_module
 from topk_fast.functional import (
     bal_noised_topk_loss,
@@ -21,6 +21,7 @@ from topk_fast.functional import (
     linear_noised_topk_loss,
     linear_topk,
 )
+from topk_fast.request import Labels, Layer, Noise
 
 N, D, L, K = 12, 16, 700, 5
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -64,9 +65,18 @@ def unfused(x, weight, bias, target, kind, **more):
 def fused(x, weight, bias, target, kind, **more):
     normalize, has_bias, margins = KINDS[kind]
     return linear_noised_topk_loss(
-        x, weight, target, bias if has_bias else None, k=K, epsilon=0.3, margins=margins,
-        scale=1.0 if margins is None else 20.0, normalize=normalize, seed=3, **more,
-    )  # fmt: skip
+        x,
+        weight,
+        target,
+        bias if has_bias else None,
+        k=K,
+        epsilon=0.3,
+        margins=margins,
+        scale=1.0 if margins is None else 20.0,
+        normalize=normalize,
+        seed=3,
+        **more,
+    )
 
 
 def gradients(loss, *leaves):
@@ -104,7 +114,7 @@ def test_chunks_with_the_dense_sampler_have_the_same_bits(chunk, backend, dtype)
 def test_tiles_of_rows_change_nothing(monkeypatch, sampler, chunk):
     args = layer(exact=True)
     expected = fused(*args, "plain", chunk_size=chunk, sampler=sampler, reduction="none")
-    monkeypatch.setattr(linear_ops, "_ROWS", 5)
+    monkeypatch.setattr(linear_op, "_ROWS", 5)
     same(fused(*args, "plain", chunk_size=chunk, sampler=sampler, reduction="none"), expected)
 
 
@@ -178,7 +188,8 @@ def test_leading_dimensions(reduction, shape):
 @every_backend
 @pytest.mark.parametrize("chunk", [None, 64])
 def test_gradients_are_those_of_the_unfused_loss(chunk, backend, dtype, kind):
-    """Logits are the same; sums over B + 1 weights and over rows are rounded once to the dtype here, in one matmul there.
+    """Logits are the same; sums over B + 1 weights and over rows are rounded once to the dtype here, in one matmul
+    there.
 
     Tolerance: a few roundings of the dtype, relative to the largest entry.
     """
@@ -216,9 +227,14 @@ def test_gradcheck(chunk, kind):
 
     def function(x, some_weight, some_bias):
         return fused(
-            x, torch.cat([some_weight, weight[20:].detach()]), torch.cat([some_bias, bias[20:].detach()]), target, kind,
-            chunk_size=chunk, reduction="none",
-        )  # fmt: skip
+            x,
+            torch.cat([some_weight, weight[20:].detach()]),
+            torch.cat([some_bias, bias[20:].detach()]),
+            target,
+            kind,
+            chunk_size=chunk,
+            reduction="none",
+        )
 
     assert torch.autograd.gradcheck(
         function, (x, weight[:20].detach().requires_grad_(), bias[:20].detach().requires_grad_())
@@ -226,7 +242,9 @@ def test_gradcheck(chunk, kind):
 
 
 def small_layer():
-    """float64, few of the weight's rows free, so that gradgradcheck takes seconds; one ignored row, and equal classes."""
+    """float64, few of the weight's rows free, so that gradgradcheck takes seconds; one ignored row, and equal
+    classes.
+    """
     generator = torch.Generator().manual_seed(1)
     x, weight, bias = (
         torch.randn(*s, generator=generator, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (9, 3), (9,))
@@ -242,9 +260,17 @@ def test_gradgradcheck(chunk, kind):
 
     def function(x, weight, bias):
         return linear_noised_topk_loss(
-            x, weight, target, bias if has_bias else None, k=2, epsilon=0.3, normalize=normalize, chunk_size=chunk, seed=3,
+            x,
+            weight,
+            target,
+            bias if has_bias else None,
+            k=2,
+            epsilon=0.3,
+            normalize=normalize,
+            chunk_size=chunk,
+            seed=3,
             reduction="none",
-        )  # fmt: skip
+        )
 
     losses = function(x, weight, bias)
     assert (losses > 0).sum() == 3, "a hinge that is closed has no second derivative to check"
@@ -254,7 +280,9 @@ def test_gradgradcheck(chunk, kind):
 @every_kind
 @pytest.mark.parametrize("power", [1, 2])
 def test_second_derivatives_are_those_of_the_unfused_loss(power, kind):
-    """A penalty on the gradient: its own gradient with the loss's curvature (power 2) and without, once and thrice taken."""
+    """A penalty on the gradient: its own gradient with the loss's curvature (power 2) and without, once and thrice
+    taken.
+    """
     x, weight, bias, target = layer(torch.float64)
     leaves = (x, weight, bias)
     found = []
@@ -422,7 +450,9 @@ every_form = pytest.mark.parametrize("form", ["fused", "module"])
 @every_dtype
 @pytest.mark.parametrize("place", ["input", "weight"])
 def test_rows_of_zeros(place, dtype, form):
-    """Finite losses, and gradients bounded by the inverse of the shortest length: F.cosine_similarity's, but in float16."""
+    """Finite losses, and gradients bounded by the inverse of the shortest length: F.cosine_similarity's, but in
+    float16.
+    """
     x, weight = torch.eye(3, 4, dtype=dtype), torch.eye(5, 4, dtype=dtype) + 1
     weight[4] = -1
     (x if place == "input" else weight)[0] = 0
@@ -447,7 +477,9 @@ def test_rows_of_zeros_have_the_gradient_of_cosine_similarity():
 
 @every_form
 def test_long_rows_in_float16(form):
-    """Lengths above 65504, the largest float16: the logits, and so the gradient's direction, of rows a thousandth as long."""
+    """Lengths above 65504, the largest float16: the logits, and so the gradient's direction, of rows a thousandth as
+    long.
+    """
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*s, generator=generator) for s in ((3, 256), (5, 256)))
     x, weight = (t.to(torch.float16).float() for t in (x, weight))
@@ -465,11 +497,15 @@ def test_long_rows_in_float16(form):
         torch.testing.assert_close(given, expected, rtol=2**-9, atol=8192.0 * 2**-24)
 
 
-@pytest.mark.parametrize("make", [
-    lambda **more: NormedLinear(D, L, **more),
-    lambda **more: LinearImbalNoisedTopK(D, K, 0.05, 0.4, range(1, L + 1), **more),
-    lambda **more: LinearBalNoisedTopK(D, L, K, 0.3, normalize=True, bias=False, **more),
-], ids=["module", "imbalanced", "balanced"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **more: NormedLinear(D, L, **more),
+        lambda **more: LinearImbalNoisedTopK(D, K, 0.05, 0.4, range(1, L + 1), **more),
+        lambda **more: LinearBalNoisedTopK(D, L, K, 0.3, normalize=True, bias=False, **more),
+    ],
+    ids=["module", "imbalanced", "balanced"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_cosine_heads_start_with_rows_of_length_1(make, dtype):
     torch.manual_seed(0)
@@ -514,7 +550,9 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_no_tensor_is_larger_than_a_chunk(normalize):
-    """Chunks of 500 of 20 000 classes for 40 rows; with a sparse gradient nothing of the weight's size stands either."""
+    """Chunks of 500 of 20 000 classes for 40 rows; with a sparse gradient nothing of the weight's size stands
+    either.
+    """
     x, weight = torch.randn(40, D, requires_grad=True), torch.randn(20_000, D, requires_grad=True)
     largest = _Largest()
     with largest:
@@ -529,7 +567,7 @@ def test_no_tensor_is_larger_than_a_chunk(normalize):
 
 def test_the_default_chunk_fits_its_budget(monkeypatch):
     x, weight, _, target = layer()
-    monkeypatch.setitem(linear_ops._BYTES, "cpu", 12 * 50 * 4)
+    monkeypatch.setitem(linear_op._BYTES, "cpu", 12 * 50 * 4)
     sizes = []
     kernel = ops.kernel
 
@@ -568,14 +606,15 @@ def test_autocast(dtype, kind):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_opcheck(normalize, backend):
     x, weight, bias, target = layer()
-    op, loss = (ops.kernel(name, backend) for name in ("linear_candidates", "linear_loss"))
+    op, excess = (ops.kernel(name, backend) for name in ("linear_candidates", "linear_excess"))
+    wanted = Noise(torch.tensor(1), [1, 3], 0.5, None, n_sample=2, law=0, dense=False)
+    options = Layer(normalize, 200, torch.float32, sparse=False)
     for b, y in ((bias, target), (None, None)):
         tensors = [None if t is None else t.detach() for t in (x, weight, b, y)]
-        args = (*tensors, torch.tensor(1), 3, 0.5, 2, 100, False, normalize, 200, torch.float32)
-        torch.library.opcheck(op, args)
-    for b, margins in ((bias, MARGINS), (None, None)):
-        options = (3, 0.5, 2, 7.0, -100, False, normalize, 200, torch.float32, False)
-        torch.library.opcheck(loss, (x, weight, b, target, margins, torch.tensor(1), *options))
+        torch.library.opcheck(op, (*tensors, *wanted, *options, 100))
+    for b, exclude_target in ((bias, False), (None, True)):
+        ranked = wanted._replace(ranks=[2, 3])
+        torch.library.opcheck(excess, (x, weight, b, *ranked, *Labels(target, -100, exclude_target), *options))
 
 
 def test_one_graph_for_all_seeds():
@@ -667,7 +706,7 @@ def test_topk_of_all_classes_and_of_nan():
     with torch.no_grad():
         x[0, 0] = NAN
     values, classes = linear_topk(x, weight, 3, chunk_size=100)
-    assert values[0].isnan().all() and (classes[0] == -1).all() and not values[1:].isnan().any()
+    assert values[0].isnan().all() and (classes[0] == -2).all() and not values[1:].isnan().any()
 
 
 # Modules
@@ -704,7 +743,7 @@ def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
         def __init__(self, rank):
             super().__init__(rank, 3)
 
-    monkeypatch.setattr(nn_module, "_BLOCK", 100)
+    monkeypatch.setattr(heads, "_BLOCK", 100)
     for make in (
         lambda group: LinearBalNoisedTopK(D, L, K, 0.3, process_group=group),
         lambda group: LinearImbalNoisedTopK(D, K, 0.3, 0.3, range(1, L + 1), process_group=group),
@@ -729,14 +768,18 @@ def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
         (dict(weight=torch.ones(L, D, dtype=torch.int64)), TypeError, "weight must be float32, .* got torch.int64"),
         (dict(input=torch.ones(N, D + 1)), ValueError, r"weight \[L, D\], got shapes \[12, 17\] and \[700, 16\]"),
         (dict(weight=torch.ones(D)), ValueError, r"weight \[L, D\], got shapes"),
-        (dict(weight=torch.ones(L, D).double()), TypeError, "weight must have input's dtype torch.float32, got torch.float64"),
+        (
+            dict(weight=torch.ones(L, D).double()),
+            TypeError,
+            "weight must have input's dtype torch.float32, got torch.float64",
+        ),
         (dict(bias=torch.ones(L).half()), TypeError, "bias must have input's dtype torch.float32, got torch.float16"),
         (dict(bias=torch.ones(L - 1)), ValueError, r"bias must have shape \[L\] = \[700\], got \[699\]"),
         (dict(weight=torch.ones(L, D, device="meta")), ValueError, "weight must be on input's device cpu, got meta"),
         (dict(target=torch.zeros(N)), TypeError, "target must hold class indices in int64"),
         (dict(target=torch.zeros(N - 1).long()), ValueError, r"target must have shape \[12\] .* got \[11\]"),
         (dict(target=torch.full((N,), L)), IndexError, r"target must be in \[0, L - 1\] = \[0, 699\] .* got 700"),
-        (dict(k=L), ValueError, r"k must be in \[1, L - 1\] = \[1, 699\], got 700"),
+        (dict(k=L), ValueError, r"k must be in \[0, L - 1\] = \[0, 699\], got 700"),
         (dict(k=1.0), TypeError, "k must be an int, got float"),
         (dict(epsilon=-1), ValueError, "epsilon must be at least 0"),
         (dict(n_sample=0), ValueError, "n_sample must be in"),
@@ -752,7 +795,7 @@ def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
         (dict(seed=1, generator=torch.Generator()), ValueError, "seed and generator exclude each other"),
     ],
     ids=lambda x: ", ".join(x) if isinstance(x, dict) else "",
-)  # fmt: skip
+)
 def test_errors(change, error, message):
     x, weight, bias, target = layer()
     arguments = dict(input=x, weight=weight, target=target, bias=bias, k=K, epsilon=0.3) | change

@@ -93,10 +93,22 @@ def linear_case(
     x.requires_grad_()
     weight, b = weight[own].clone().requires_grad_(), b[own].clone().requires_grad_()
     loss = linear_noised_topk_loss(
-        x, weight, batch()[1], b if bias else None, k=K, epsilon=0.5, margins=margins, scale=3.0, normalize=normalize,
-        sparse_grad=sparse, chunk_size=chunk, seed=5, sampler="dense", reduction="none",
+        x,
+        weight,
+        batch()[1],
+        b if bias else None,
+        k=K,
+        epsilon=0.5,
+        margins=margins,
+        scale=3.0,
+        normalize=normalize,
+        sparse_grad=sparse,
+        chunk_size=chunk,
+        seed=5,
+        sampler="dense",
+        reduction="none",
         process_group=None if world == 0 else dist.group.WORLD,
-    )  # fmt: skip
+    )
     loss.sum().backward()
     grads = [g.to_dense() if sparse else g for g in (weight.grad, b.grad if bias else torch.zeros(()))]
     return loss.detach(), x.grad, *grads
@@ -215,7 +227,7 @@ WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must 
     "epsilon": (lambda a: a | {"epsilon": 0.25}, "the same epsilon", "the same epsilon"),
     "n_sample": (lambda a: a | {"n_sample": 4}, "the same n_sample", "the same n_sample"),
     "scale": (lambda a: a | {"scale": 2.0}, "the same scale", "the same scale"),
-    "sampler": (lambda a: a | {"sampler": "thinned"}, "the same dense", "the same dense"),
+    "sampler": (lambda a: a | {"sampler": "thinned"}, "the same sampler", "the same sampler"),
     "ignore_index": (lambda a: a | {"ignore_index": -1}, "the same ignore_index", "the same ignore_index"),
     "seed": (lambda a: a | {"seed": 6}, "the same seed", "the same seed"),
     "no seed": (lambda a: a | {"seed": None}, "the same seed", "the same seed"),
@@ -228,20 +240,28 @@ WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must 
     "margins": (lambda a: a | {"margins": MARGINS * 2}, "the same margins", "the same margins"),
     "number of margins": (lambda a: a | {"margins": MARGINS[:-1]}, "the same margins", "the same margins"),
     "dtype": (
-        lambda a: {n: t.double() if n in ("input", "weight") else t for n, t in a.items()}, "the same dtype", "the same dtype",
+        lambda a: {n: t.double() if n in ("input", "weight") else t for n, t in a.items()},
+        "the same dtype",
+        "the same dtype",
     ),
     "width": (
-        lambda a: a | {"input": a["input"][:, 1:], "weight": a["weight"][:, 1:]}, "the same width", "the same width",
+        lambda a: a | {"input": a["input"][:, 1:], "weight": a["weight"][:, 1:]},
+        "the same width",
+        "the same width",
     ),
-    "input": (lambda a: a | {"input": a["input"] + torch.tensor([[0.0]] * 8 + [[1e-6]])}, "the same input", "the same input"),
+    "input": (
+        lambda a: a | {"input": a["input"] + torch.tensor([[0.0]] * 8 + [[1e-6]])},
+        "the same input",
+        "the same input",
+    ),
     "order of the input": (lambda a: a | {"input": a["input"].flip(1)}, "the same input", "the same input"),
     "gradient": (lambda a: a | {"input": a["input"].detach()}, "input_requires_grad", "input_requires_grad"),
     "a bad argument": (lambda a: a | {"epsilon": -1.0}, "rank 1 cannot take part", "epsilon must be at least 0"),
     "a bad tensor": (lambda a: a | {"target": None}, "rank 1 cannot take part", "target must be a tensor"),
     "no backend": (lambda a: a | {"backend": "cuda"}, "rank 1 cannot take part", "Error: backend 'cuda' "),
-}  # fmt: skip
+}
 WRONG_EVERYWHERE = {  # what cannot be known before the ranks have met
-    "k": (lambda a: a | {"k": 60}, r"k must be in [1, L - 1] = [1, 59], got 60"),
+    "k": (lambda a: a | {"k": 60}, r"k must be in [0, L - 1] = [0, 59], got 60"),
     "margins": (lambda a: a | {"margins": MARGINS[:-1]}, "margins must have shape [L] = [60], got [59]"),
     "label": (lambda a: a | {"target": a["target"].clamp(max=3) + 57}, "target must be in [0, L - 1] = [0, 59]"),
 }
@@ -251,9 +271,19 @@ def wrong_case(rank, world, sizes, change, everywhere=False):
     own = part_of(sizes_of(sizes, world), rank)
     x, weight, _ = layer()
     arguments = dict(
-        input=x.requires_grad_(), weight=weight[own], target=batch()[1], k=K, epsilon=0.5, n_sample=5, scale=1.0,
-        sampler="dense", ignore_index=-100, seed=5, margins=MARGINS, backend="auto",
-    )  # fmt: skip
+        input=x.requires_grad_(),
+        weight=weight[own],
+        target=batch()[1],
+        k=K,
+        epsilon=0.5,
+        n_sample=5,
+        scale=1.0,
+        sampler="dense",
+        ignore_index=-100,
+        seed=5,
+        margins=MARGINS,
+        backend="auto",
+    )
     if rank == 1 or everywhere:
         arguments = change(arguments)
     try:
@@ -319,7 +349,9 @@ def second_derivatives_case(rank, world, sizes):
 
 
 def fsdp_case(rank, world, sizes):
-    """A head sharded by FSDP2, each rank its own batch: the loss and gradient of its forward, and what is said outside."""
+    """A head sharded by FSDP2, each rank its own batch: the loss and gradient of its forward, and what is said
+    outside.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -517,7 +549,10 @@ DTENSOR_ERRORS = (
 CASES = {
     **{
         f"{name}, {sizes}, {dtype}, {backend}": (scores_case, sizes, name, dtype, "none", backend)
-        for name in LOSSES for sizes in SIZES for dtype in DTYPES for backend in BACKENDS
+        for name in LOSSES
+        for sizes in SIZES
+        for dtype in DTYPES
+        for backend in BACKENDS
     },
     **{f"reduction {r}": (scores_case, "ragged", "imbalanced", "float32", r, "auto") for r in ("mean", "sum")},
     "NaN and masks": (scores_case, "ragged", "balanced", "float32", "none", "auto", "dense", with_nan_and_masks),
@@ -558,7 +593,7 @@ CASES = {
     "mixed": (mixed_case, "ragged"),
     "wrong top-k": (wrong_topk_case, "ragged"),
     "wrong features": (topk_of_own_features_case, "ragged"),
-}  # fmt: skip
+}
 MORE = {  # on so many ranks alone: the mesh needs four, and compiling takes each of them seconds
     2: {
         "compiled scores": (compiled_case, "ragged", "scores"),
@@ -645,7 +680,9 @@ def test_sharded_scores_give_the_bits_of_one_process(ranks, world, name):
 @every_world
 @pytest.mark.parametrize("name", LINEAR)
 def test_sharded_linear_loss_is_that_of_one_process(ranks, world, name):
-    """Within a matmul's rounding: a shard's matmul may add in another order, and ranks' input gradients are added up."""
+    """Within a matmul's rounding: a shard's matmul may add in another order, and ranks' input gradients are added
+    up.
+    """
     loss, x_grad, *parameters = alone(name)
     results = result_of(ranks, world, name)
     tolerance = dict(rtol=2**-6, atol=2**-6) if "bfloat16" in name else dict(rtol=1e-5, atol=1e-5)

@@ -30,6 +30,7 @@ from topk_fast.functional import (
     noised_topk,
     noised_topk_candidates,
 )
+from topk_fast.request import Labels, Noise, Place, Slice
 
 N, L, K = 6, 300, 5
 MARGINS = torch.linspace(0.1, 1.0, L)
@@ -85,24 +86,24 @@ def test_opcheck(backend, dtype):
     scores, target = batch(3, 150)
     scores, wide = scores.to(dtype), torch.float64 if dtype == torch.float64 else torch.float32
     target[1] = -100
-    seed, margins = torch.tensor(3), torch.ones(150, dtype=wide)
-    for dense in (False, True):
-        check("candidates", scores, seed, K, 1.0, 4, 2, 1000, dense)
-        check("smoothed", scores, seed, K, 1.0, 4, dense)
-        check("loss", scores, target, None, seed, K, 1.0, 4, 1.0, -100, dense)
-        check("loss", scores, target, margins, seed, K, 1.0, 4, 50.0, -100, dense)
-    losses, classes, _ = ops.kernel("loss", backend)(scores, target, margins, seed, K, 1.0, 4, 50.0, -100, False)
-    check("gradient", torch.ones(3, dtype=wide), losses, classes, target, 50.0, 0, 150, dtype)
-    top, classes = ops.kernel("smoothed", backend)(scores, seed, K, 1.0, 4, False)
-    check("gradient", torch.ones(3, dtype=wide), top, classes, None, 1.0, 0, 150, dtype)
+    wanted = Noise(torch.tensor(3), [K + 1], 1.0, None, n_sample=4, law=0, dense=False)
+    schedule = torch.tensor(0.5, dtype=torch.float64)
+    for noise in (wanted, wanted._replace(law=1, dense=True), wanted._replace(ranks=[2, K], schedule=schedule)):
+        check("candidates", scores, *noise, *Place(2, 1000))
+        for labels in (Labels(target), Labels(target, exclude_target=True), Labels(None)):
+            check("excess", scores, *noise, *labels)
+            excess, classes = ops.kernel("excess", backend)(scores, *noise, *labels)
+            check("gradient", torch.ones_like(excess), classes, *labels[:2], *Slice(0, 150, dtype))
+            assert excess.dtype == wide
 
 
 @every_backend
 def test_opcheck_of_strided_and_empty_scores(backend):
-    op = ops.kernel("smoothed", backend)
+    op = ops.kernel("excess", backend)
     for scores in (randn(90, 4).t(), randn(4, 180)[:, :90], randn(0, 90), randn(1, 90), randn(1, 90).expand(4, 90)):
         for n_sample in (1, 4):
-            torch.library.opcheck(op, (scores, torch.tensor(1), 2, 1.0, n_sample, False))
+            wanted = Noise(torch.tensor(1), [2], 1.0, None, n_sample, law=0, dense=False)
+            torch.library.opcheck(op, (scores, *wanted, *Labels(None)))
 
 
 @every_function
@@ -263,7 +264,9 @@ def test_an_exported_graph_makes_sparse_gradients():
 @every_backend
 @pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 def test_an_exported_graph_trains(form, backend, strict):
-    """Loss, gradients and labels' errors of a graph from torch.export are the module's; its noise is fresh in every call."""
+    """Loss, gradients and labels' errors of a graph from torch.export are the module's; its noise is fresh in every
+    call.
+    """
     torch.manual_seed(0)
     model = Exported(form, backend=backend)
     x, y = randn(N, 8), batch()[1]
@@ -401,7 +404,9 @@ def test_checkpoint_draws_the_same_noise_again(name, backend, reentrant):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("name", [*FUNCTIONS, "linear"])
 def test_a_generator_inside_of_a_checkpoint(name, reentrant):
-    """Its state is not restored for the second forward, so that the gradient would belong to other noise than the loss."""
+    """Its state is not restored for the second forward, so that the gradient would belong to other noise than the
+    loss.
+    """
     x, y = batch()
     weight = randn(L, L, seed=1)
     functions = FUNCTIONS | {
@@ -502,12 +507,12 @@ def test_inputs_stay_as_they_are():
 def test_an_allocation_that_fails_speaks_of_memory():
     """A gradient of 2^53 bytes, more than the address space has."""
     n_rows, n_classes = 2**20, 2**31 - 1
-    one, ids = torch.ones(1), torch.zeros(1, 1, dtype=torch.int64)
+    one, ids = torch.ones(1, 1), torch.zeros(1, 1, 1, dtype=torch.int64)
     with pytest.raises(
         RuntimeError, match=rf"out of memory: a tensor of shape \[{n_rows}, {n_classes}\] cannot be alloc"
     ):
-        torch.ops.topk_fast.gradient(
-            one.expand(n_rows), one.expand(n_rows), ids.expand(n_rows, 1), None, 1.0, 0, n_classes, torch.float32
+        torch.ops.topk_fast.gradient_cpp(
+            one.expand(n_rows, 1), ids.expand(n_rows, 1, 1), None, -100, 0, n_classes, torch.float32
         )
 
 
@@ -526,7 +531,8 @@ def _train_one_step(rank, world, backend, store, out):
         torch.save([p.grad for p in model.parameters()], out)
     torch.distributed.barrier()  # neither leaves while the other still talks to it
     torch.distributed.destroy_process_group()
-    # A thread of gloo may still free its last work, which needs Python's lock: an orderly end would race with it and abort.
+    # A thread of gloo may still free its last work, which needs Python's lock: an orderly end would race with it and
+    # abort.
     os._exit(0)
 
 
@@ -668,7 +674,8 @@ REPRS = [
     ),
     (
         lambda: LinearBalNoisedTopK(8, 50, 5, 1.0, bias=False, sparse_grad=True, seed=torch.tensor(3)),
-        "LinearBalNoisedTopK(in_features=8, n_classes=50, k=5, epsilon=1.0, bias=False, sparse_grad=True, seed=tensor(3))",
+        "LinearBalNoisedTopK(in_features=8, n_classes=50, k=5, epsilon=1.0, bias=False, sparse_grad=True, "
+        "seed=tensor(3))",
     ),
     (
         lambda: LinearImbalNoisedTopK(8, 1, 0.1, 0.3, [5, 2, 1], bias=True, normalize=False, chunk_size=2),

@@ -1,4 +1,6 @@
-"""Every example of the README and of the docstrings runs and prints what it says; tables and plots are made from the results."""
+"""Every example of the README and of the docstrings runs and prints what it says; tables and plots are made from the
+results.
+"""
 
 import doctest
 import importlib
@@ -7,8 +9,9 @@ import socket
 
 import pytest
 
-import tables
 import topk_fast
+from benchmarks import tables
+from benchmarks.committed import digest
 from testing import ROOT
 from topk_fast import backends, functional, linear, nn, noise
 
@@ -42,11 +45,11 @@ def test_tables_are_made_from_the_committed_results():
 
 
 def test_plots_are_made_from_the_committed_results(tmp_path):
-    plots = importlib.import_module("plots")
+    plots = importlib.import_module("benchmarks.plots")
     pages = " ".join((ROOT / page).read_text() for page in tables.PAGES)
     for name, (_, results, _) in plots.PLOTS.items():
         committed = (ROOT / "docs" / "img" / f"{name}.svg").read_text()
-        assert f"results {tables.digest(*results)}" in committed, f"{name}.svg is stale: make tables"
+        assert f"results {digest(*results)}" in committed, f"{name}.svg is stale: make tables"
         assert f"img/{name}.svg" in pages
         plots.draw(name, tmp_path / f"{name}.svg")
         labels = (

@@ -68,8 +68,8 @@ def test_framework(framework, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-# With DistributedDataParallel a thread of gloo may still free its last work, which needs Python's lock, when Python ends;
-# the process then aborts, with any loss (torch 2.13). It has printed all it had to say by then.
+# With DistributedDataParallel a thread of gloo may still free its last work, which needs Python's lock, when Python
+# ends; the process then aborts, with any loss (torch 2.13). It has printed all it had to say by then.
 LEAVE = """
 import os, sys
 sys.stdout.flush()
@@ -110,7 +110,9 @@ def test_the_recipe_of_sharding_under_torchrun(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 def test_the_blocks_of_data_parallel_training_under_torchrun(tmp_path):
-    """DDP and FSDP2: two ranks, whose replicas stay equal though their samples differ, and whose best classes are right."""
+    """DDP and FSDP2: two ranks, whose replicas stay equal though their samples differ, and whose best classes are
+    right.
+    """
     blocks = python_blocks("integrations.md")
     setup = blocks[0]
     ddp, fsdp = (next(b for b in blocks if name in b) for name in ("DistributedDataParallel(model)", "fully_shard("))
@@ -140,7 +142,11 @@ import os, torch
 from topk_fast.functional import bal_noised_topk_loss
 torch.set_num_threads(2)
 x, y = torch.randn(512, 5000), torch.arange(512)
-loss = (lambda: bal_noised_topk_loss(x, y, 5, seed=1)) if {kind!r} == "ours" else lambda: torch.nn.functional.cross_entropy(x, y)
+losses = {{
+    "ours": lambda: bal_noised_topk_loss(x, y, 5, seed=1),
+    "torch's": lambda: torch.nn.functional.cross_entropy(x, y),
+}}
+loss = losses[{kind!r}]
 expected = loss()
 child = os.fork()
 if child == 0:
@@ -162,7 +168,15 @@ ANEW = {
     "k": ([1, 2, 3], [1, 2, 3]),
     "n_sample": ([1, 2, 3], [1, 2, 3]),
     "reduction": (["mean", "sum", "none"], [1, 2, 3]),
+    "scale": ([50.0, 20.0, 10.0], [1, 2, 2]),
+    "noise": (["normal", "gumbel", "normal"], [1, 2, 2]),
     "epsilon": ([1.0, 0.5, 0.25], None),
+    "a tensor as epsilon": ([torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.25)], [1, 1, 1]),
+}
+# The functions, with more of their arguments, that have the argument where the balanced loss has not.
+FUNCTIONS = {
+    "scale": (functional.imbal_noised_topk_loss, {"margins": torch.ones(300), "epsilon": 0.1}),
+    "noise": (functional.noised_excess, {}),
 }
 
 
@@ -173,13 +187,12 @@ def test_what_recompiles(name):
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(
-        lambda options: functional.bal_noised_topk_loss(**options), backend=counter, fullgraph=True
-    )
+    function, more = FUNCTIONS.get(name, (functional.bal_noised_topk_loss, {}))
+    compiled = torch.compile(lambda options: function(**options), backend=counter, fullgraph=True)
     values, expected = ANEW[name]
     counts = []
     for value in values:
-        options = {"input": torch.ones(6, 300), "k": 5} | {name.split()[-1]: value}
+        options = {"input": torch.ones(6, 300), "k": 5} | more | {name.split()[-1]: value}
         options.setdefault("target", torch.zeros(len(options["input"]), dtype=torch.int64))
         compiled(options)
         counts.append(counter.frame_count)

@@ -1,5 +1,6 @@
-// Runs the CPU search on random requests over arrays of exact size; test_sanitizers.py builds it with the address and
-// undefined-behaviour sanitizers. Values are held to the reference elsewhere: here only memory is.
+// Runs the CPU search and gradient on random requests over arrays of exact size; test_sanitizers.py builds it with the
+// address and undefined-behaviour sanitizers. Other tests compare values with the reference.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -7,7 +8,8 @@
 #include <random>
 #include <vector>
 
-#include "topk_cpu.h"
+#include "cpu/gradient.h"
+#include "cpu/kernel.h"
 
 using namespace topk_fast;
 
@@ -31,14 +33,14 @@ float score(int kind) {
   }
 }
 
-void fill(char* x, size_t n, Dtype dtype, int kind) {
+void fill(char* x, size_t n, ScoreType type, int kind) {
   for (size_t i = 0; i < n; ++i) {
     const float v = score(kind);
     uint32_t bits;
     std::memcpy(&bits, &v, 4);
-    if (dtype == Dtype::kFloat)
+    if (type == ScoreType::kFloat32)
       ((float*)x)[i] = v;
-    else if (dtype == Dtype::kDouble)
+    else if (type == ScoreType::kFloat64)
       ((double*)x)[i] = v;
     else
       ((uint16_t*)x)[i] = (uint16_t)(bits >> 16);  // any 16 bits are a half, too
@@ -48,35 +50,52 @@ void fill(char* x, size_t n, Dtype dtype, int kind) {
 }  // namespace
 
 int main() {
-  std::vector<SearchFn> searches = {baseline::search};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2")) searches.push_back(avx2::search);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) searches.push_back(avx512::search);
-#endif
   const int lengths[] = {1, 2, 5, 15, 16, 17, 31, 63, 64, 65, 100, 129, 255, 257, 1000, 1023, 2049, 5000, 20011, 70001};
   for (int round = 0; round < 1500; ++round) {
-    Search p{};
+    Job job{};
+    Search& p = job.p;
     p.n_classes = p.row_stride = lengths[between(0, 19)], p.n_rows = between(1, p.n_classes < 300 ? 70 : 3);
     p.n_sample = between(1, p.n_classes > 5000 ? 5 : 33);
-    p.k = between(1, round % 7 ? 21 : 130);
-    p.dtype = (Dtype)between(0, 3);
-    p.seed = engine(), p.first_row = between(0, 9), p.first_class = between(0, 1000);
-    p.epsilon = between(0, 4) * 0.5, p.dense = between(0, 3) == 0, p.keep_all = between(0, 1);
+    p.n_ranks = between(0, 4), p.exclude_target = p.n_ranks && between(0, 1);
+    for (int m = 0; m < std::max(p.n_ranks, 1); ++m) {
+      p.ranks[m] = between(1 + p.exclude_target, round % 7 ? 21 : 130);
+      p.k = std::max<int64_t>(p.k, p.ranks[m]);
+    }
+    p.type = (ScoreType)between(0, 3), p.law = (Law)between(0, 1), p.dense = between(0, 3) == 0;
+    const int64_t seed = engine();
+    p.seed = &seed, p.first_row = between(0, 9), p.first_class = p.n_ranks ? 0 : between(0, 1000);
+    p.epsilon = between(0, 4) * 0.5;
     const int64_t quads = (p.n_sample + 3) / 4;
-    p.samples_per_split = (quads + 1) / between(1, 2) * 4;
-    p.samples_per_split = p.samples_per_split ? p.samples_per_split : 4;
-    p.n_split = (p.n_sample + p.samples_per_split - 1) / p.samples_per_split;
+    job.samples_per_split = std::max<int64_t>((quads + 1) / between(1, 2) * 4, 4);
+    job.n_split = (p.n_sample + job.samples_per_split - 1) / job.samples_per_split;
 
-    const size_t n_scores = (size_t)(p.n_rows * p.n_classes), size = p.dtype == Dtype::kDouble ? 8 : 4;
-    const size_t n_out = (size_t)(p.n_rows * p.n_sample * (p.keep_all ? p.k : 1));
-    const std::unique_ptr<char[]> scores(new char[n_scores * (p.dtype < Dtype::kBFloat16 ? size : 2)]);
-    const std::unique_ptr<char[]> values(new char[n_out * size]);
-    const std::unique_ptr<int64_t[]> classes(new int64_t[n_out]), workspace(new int64_t[workspace_words(p)]);
-    fill(scores.get(), n_scores, p.dtype, between(kNormal, kInfinite));
+    const size_t n_scores = (size_t)(p.n_rows * p.n_classes), size = p.type == ScoreType::kFloat64 ? 8 : 4;
+    const size_t item = p.type < ScoreType::kBFloat16 ? size : 2;
+    const size_t n_ids = (size_t)(p.n_rows * p.n_sample * (p.n_ranks ? p.n_ranks : p.k));
+    const size_t n_values = p.n_ranks ? (size_t)(p.n_rows * p.n_ranks) : n_ids;
+    const std::unique_ptr<char[]> scores(new char[n_scores * item]), values(new char[n_values * size]);
+    const std::unique_ptr<char[]> picked(new char[n_ids * size]), gradient(new char[n_scores * item]);
+    const std::unique_ptr<int64_t[]> classes(new int64_t[n_ids]), workspace(new int64_t[workspace_words(job)]);
+    const std::unique_ptr<int64_t[]> target(new int64_t[p.n_rows]);
+    for (int64_t n = 0; n < p.n_rows; ++n) target[n] = between(0, 9) ? between(0, (int)p.n_classes - 1) : -100;
+    if (p.n_ranks && (p.exclude_target || between(0, 1))) p.target = target.get(), p.ignore_index = -100;
+    fill(scores.get(), n_scores, p.type, between(kNormal, kInfinite));
     p.scores = scores.get(), p.values = values.get(), p.classes = classes.get();
-    searches[(size_t)round % searches.size()](p, 0, p.n_rows * p.n_split, workspace.get());
-    for (size_t i = 0; i < n_out; ++i)
-      if (classes[i] < -1 || classes[i] >= p.first_class + p.n_classes) return std::puts("class out of range"), 1;
+    job.picked = job.n_split > 1 ? picked.get() : nullptr;
+    const Kernel& kernel = kernels()[(size_t)round % kernels().size()];
+    kernel.search(job, 0, p.n_rows * job.n_split, workspace.get());
+    if (p.n_ranks && job.n_split > 1) kernel.finish(job);
+    for (size_t i = 0; i < n_ids; ++i)
+      if (classes[i] < -2 || classes[i] >= p.first_class + p.n_classes) return std::puts("class out of range"), 1;
+    if (!p.n_ranks) continue;
+    Gradient g{values.get(), classes.get(), p.target,      -100, p.n_rows, p.n_sample, p.n_ranks, 0,
+               p.n_classes,  p.type,        gradient.get()};
+    switch (p.type) {
+      case ScoreType::kFloat32: gradient_rows<float>(g, 0, g.n_rows); break;
+      case ScoreType::kFloat64: gradient_rows<double>(g, 0, g.n_rows); break;
+      case ScoreType::kBFloat16: gradient_rows<BFloat16>(g, 0, g.n_rows); break;
+      case ScoreType::kFloat16: gradient_rows<Half>(g, 0, g.n_rows); break;
+    }
   }
   std::puts("ok");
 }

@@ -196,6 +196,7 @@ inline Index thread() { return {block()->running->thread}; }
 #define TOPK_FAST_SHARED(name) char* name = simt::block()->shared.get()
 #define TOPK_FAST_LAUNCH(kernel, grid, size, shared, stream, ...) \
   simt::launch(grid, size, shared, [=] { kernel(__VA_ARGS__); })
+#define TOPK_FAST_STOP(message) simt::fail(message)
 
 inline void __syncthreads() { simt::yield(simt::Wait::kBlock); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::collective(simt::Wait::kSync, mask, 0); }
@@ -227,7 +228,6 @@ inline int atomicAdd(int* at, int x) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
-inline void __trap() { simt::fail("trap"); }
 
 extern "C" inline __attribute__((used)) const char* simt_error() { return simt::error().c_str(); }
 extern "C" inline __attribute__((used)) void simt_start(uint64_t seed) {

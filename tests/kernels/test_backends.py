@@ -25,7 +25,7 @@ from testing import (
 from topk_fast import ops, reference
 from topk_fast.functional import (
     bal_noised_topk_loss,
-    imbal_noised_topk_loss,
+    noised_excess,
     noised_topk,
     noised_topk_candidates,
 )
@@ -75,6 +75,7 @@ EPSILONS = st.sampled_from([0.0, 0.01, 0.2, 1.0, 5.0])
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 SAMPLERS = st.sampled_from(["thinned", "thinned", "dense"])
+LAWS = st.sampled_from(["normal", "gumbel"])
 
 
 def affordable(n_rows, n_classes, k, n_sample):
@@ -87,9 +88,16 @@ def affordable(n_rows, n_classes, k, n_sample):
 @pytest.mark.parametrize("case, name", KNOWN, ids=KNOWN_IDS)
 def test_known_answers(form, case, name):
     values, found = noised_topk_candidates(
-        known_scores(case)[None], case["k"], case["epsilon"], case["n_sample"],
-        seed=case["seed"], first_row=case["row"], sampler=name, backend=form,
-    )  # fmt: skip
+        known_scores(case)[None],
+        case["k"],
+        case["epsilon"],
+        case["n_sample"],
+        noise=case["noise"],
+        seed=case["seed"],
+        first_row=case["row"],
+        sampler=name,
+        backend=form,
+    )
     assert found[0].tolist() == case[name]["class"]
     assert (values[0].view(torch.int32).to(torch.int64) & 0xFFFFFFFF).tolist() == case[name]["value_bits"]
 
@@ -98,59 +106,70 @@ def test_known_answers(form, case, name):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=40, **SEARCH)
 @given(
-    n_rows=st.integers(1, 3), n_classes=LENGTHS, k=RANKS, n_sample=st.integers(1, 33), epsilon=EPSILONS, dtype=DTYPES,
-    seed=SEEDS, first_row=st.sampled_from([0, 5, 2**31 - 1, 2**31]), first_class=st.sampled_from([0, 1, 1000, 2**30]),
-    name=SAMPLERS, data_seed=st.integers(0, 2**31),
-)  # fmt: skip
-def test_candidates_agree(
-    kind, n_rows, n_classes, k, n_sample, epsilon, dtype, seed, first_row, first_class, name, data_seed
-):
+    n_rows=st.integers(1, 3),
+    n_classes=LENGTHS,
+    k=RANKS,
+    n_sample=st.integers(1, 33),
+    epsilon=EPSILONS,
+    dtype=DTYPES,
+    noise=LAWS,
+    name=SAMPLERS,
+    seed=SEEDS,
+    first=st.tuples(st.sampled_from([0, 5, 2**31 - 1, 2**31]), st.sampled_from([0, 1, 1000, 2**30])),
+    data_seed=st.integers(0, 2**31),
+)
+def test_candidates_agree(kind, n_rows, n_classes, k, n_sample, epsilon, dtype, noise, name, seed, first, data_seed):
     n_rows, k, n_sample = affordable(n_rows, n_classes, k, n_sample)
     scores = scores_of(kind, dtype, n_rows, n_classes, data_seed)
+    common = dict(noise=noise, seed=seed, first_row=first[0], first_class=first[1], sampler=name)
     found = {}
     for one in FORMS:
         with running(one) as backend:
-            found[one] = noised_topk_candidates(
-                scores, k, epsilon, n_sample, seed=seed, first_row=first_row, first_class=first_class, sampler=name,
-                backend=backend,
-            )  # fmt: skip
+            found[one] = noised_topk_candidates(scores, k, epsilon, n_sample, backend=backend, **common)
     for one in FORMS[:-1]:
         assert_same(found[one], found["torch"], one)
 
 
 @NEEDS_CPP
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, **SEARCH)
+@settings(max_examples=60, **SEARCH)
 @given(
-    n_rows=st.integers(1, 4), n_classes=LENGTHS, k=RANKS, n_sample=st.integers(1, 33), epsilon=EPSILONS, dtype=DTYPES,
-    seed=SEEDS, name=SAMPLERS, data_seed=st.integers(0, 2**31), scale=st.sampled_from([1.0, 50.0, 0.3]),
-    what=st.sampled_from(["value", "balanced", "imbalanced"]), coarse_grad=st.booleans(),
-)  # fmt: skip
-def test_losses_and_gradients_agree(
-    kind, n_rows, n_classes, k, n_sample, epsilon, dtype, seed, name, data_seed, what, scale, coarse_grad
+    n_rows=st.integers(1, 4),
+    n_classes=LENGTHS,
+    ks=st.lists(st.integers(0, 130), min_size=1, max_size=4),
+    n_sample=st.integers(1, 33),
+    epsilon=EPSILONS,
+    scheduled=st.booleans(),
+    dtype=DTYPES,
+    noise=LAWS,
+    name=SAMPLERS,
+    seed=SEEDS,
+    data_seed=st.integers(0, 2**31),
+    what=st.sampled_from(["value", "excess", "excess of the others"]),
+    coarse_grad=st.booleans(),
+)
+def test_excesses_and_gradients_agree(
+    kind, n_rows, n_classes, ks, n_sample, epsilon, scheduled, dtype, noise, name, seed, data_seed, what, coarse_grad
 ):
-    n_classes = max(2, n_classes)
-    n_rows, k, n_sample = affordable(n_rows, n_classes, min(k, n_classes - 1), n_sample)
+    n_classes, least = max(2, n_classes), 1 if what == "excess of the others" else 0
+    n_rows, most, n_sample = affordable(n_rows, n_classes, min(max(ks), n_classes - 1), n_sample)
+    ks = [min(max(one, least), max(most, least)) for one in ks]
     scores = scores_of(kind, dtype, n_rows, n_classes, data_seed)
     generator = torch.Generator().manual_seed(data_seed)
     target = torch.randint(n_classes, (n_rows,), generator=generator)
     target[torch.rand(n_rows, generator=generator) < 0.2] = -100
-    margins = torch.rand(n_classes, generator=generator, dtype=torch.float64)
-    grad = torch.randn(n_rows, generator=generator, dtype=torch.float64)
+    grad = torch.randn(n_rows, len(ks), generator=generator, dtype=torch.float64)
     grad = grad.sign() if coarse_grad else grad  # +-1: counts show as they are
-    common = dict(seed=seed, sampler=name)
+    common = dict(n_sample=n_sample, noise=noise, seed=seed, sampler=name)
+    common["epsilon"] = torch.tensor(epsilon, dtype=torch.float64) if scheduled else epsilon
     results = {}
     for one in FORMS:
         x = scores.clone().requires_grad_()
         with running(one) as backend:
             if what == "value":
-                out = noised_topk(x, k, epsilon, n_sample, backend=backend, **common)
-            elif what == "balanced":
-                out = bal_noised_topk_loss(x, target, k, epsilon, n_sample, reduction="none", backend=backend, **common)
+                out = noised_topk(x, [one + 1 for one in ks], backend=backend, **common)
             else:
-                out = imbal_noised_topk_loss(
-                    x, target, k, margins, epsilon, scale, n_sample, reduction="none", backend=backend, **common
-                )
+                out = noised_excess(x, target, ks, exclude_target=bool(least), backend=backend, **common)
             out.backward(grad.to(out.dtype))
         results[one] = (out.detach(), x.grad)
     for one in FORMS[:-1]:
@@ -257,17 +276,35 @@ def test_chunks_of_the_torch_backend_change_nothing(monkeypatch, sampler, kind, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_target", [True, False])
-def test_gradient_of_a_class_slice_is_the_slice_of_the_gradient(with_target, backend, dtype):
-    wide = reference.arithmetic(dtype)
-    classes = torch.tensor([[3, 3, 8], [-1, -1, -1], [9, 0, 5], [5, 5, 5], [1, 2, 3], [4, 4, 4]])
-    target = torch.tensor([3, 2, 9, 5, 7, 0]) if with_target else None
-    result = torch.tensor([1.0, 2.0, NAN, 3.0, 0.0, 5.0], dtype=wide)
-    grad = torch.arange(1.0, 7.0, dtype=wide)
+@pytest.mark.parametrize("n_ranks", [1, 3])
+def test_gradient_of_a_class_slice_is_the_slice_of_the_gradient(n_ranks, with_target, backend, dtype):
+    """Rows with classes that repeat, none at all, a NaN, the true class alone, and a target that is ignored."""
+    rows = [[3, 3, 8], [-1, -1, -1], [-2, -2, -2], [5, 5, 5], [1, 2, 3], [4, 4, 4]]
+    classes = torch.tensor(rows)[:, :, None].repeat(1, 1, n_ranks)
+    classes[0, 1:, 1:] = 0  # ranks with classes of their own
+    target = torch.tensor([3, 2, 9, 5, -100, 0]) if with_target else None
+    grad = torch.arange(1.0, 6 * n_ranks + 1, dtype=reference.arithmetic(dtype)).view(6, n_ranks) / 3
     op = ops.kernel("gradient", backend)
-    whole = op(grad, result, classes, target, 0.3, 0, 10, dtype)
-    assert whole.count_nonzero() > 10
+
+    def gradient(first, end):
+        return op(grad, classes, target, -100, first, end - first, dtype)
+
+    whole = gradient(0, 10)
+    for n, row in enumerate(rows):
+        if row[0] == -2:
+            assert whole[n].isnan().all()
+            continue
+        expected = torch.zeros(10, dtype=torch.float64)
+        for m in range(n_ranks):
+            for c in classes[n, :, m].tolist():
+                expected[c] += float(grad[n, m]) / 3 if c >= 0 else 0.0
+        if with_target and row[0] == 1:
+            expected.zero_()
+        elif with_target:
+            expected[target[n]] -= grad[n].double().sum()
+        torch.testing.assert_close(whole[n].double(), expected, rtol=3 * torch.finfo(dtype).eps, atol=1e-6)
     for first, end in [(0, 1), (1, 5), (3, 4), (5, 10), (9, 10), (4, 4)]:
-        assert_same(op(grad, result, classes, target, 0.3, first, end - first, dtype), whole[:, first:end])
+        assert_same(gradient(first, end), whole[:, first:end])
 
 
 LAYOUTS = {
@@ -387,7 +424,7 @@ def test_nan_anywhere_spoils_its_row_alone(form, sampler, dtype, n_classes):
         scores[2 * n, (j + 1) % n_classes] = INF
     common = dict(seed=6, sampler=sampler, backend=form)
     values, classes = noised_topk_candidates(scores, 2, 1.0, 3, **common)
-    assert values[::2].isnan().all() and (classes[::2] == -1).all()
+    assert values[::2].isnan().all() and (classes[::2] == -2).all()
     expected = noised_topk_candidates(clean, 2, 1.0, 3, **common)
     assert_same((values[1::2], classes[1::2]), (expected[0][1::2], expected[1][1::2]))
     x = scores.requires_grad_()
@@ -426,3 +463,94 @@ def test_more_than_two_to_the_31_scores():
     common = dict(seed=8, backend="cpp")
     _, classes = noised_topk_candidates(scores, 1, 1.0, 1, **common)
     assert (classes == 999_999).all()
+
+
+EXCESS = dict(
+    scores=torch.zeros(2, 9),
+    seed=torch.tensor(1),
+    ranks=[3],
+    epsilon=1.0,
+    schedule=None,
+    n_sample=4,
+    law=0,
+    dense=False,
+    target=torch.tensor([1, 2]),
+    ignore_index=-100,
+    exclude_target=True,
+)
+CANDIDATES = {name: EXCESS[name] for name in list(EXCESS)[:8]} | dict(first_row=0, first_class=0)
+GRADIENT = dict(
+    grad=torch.zeros(2, 1),
+    classes=torch.zeros(2, 4, 1, dtype=torch.int64),
+    target=None,
+    ignore_index=-100,
+    first_class=0,
+    n_classes=9,
+    dtype=torch.float32,
+)
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize(
+    "name, good, bad, message",
+    [
+        ("excess", EXCESS, dict(scores=torch.zeros(9)), r"scores must be \[N, L\] .* got \[9\]"),
+        ("excess", EXCESS, dict(scores=torch.zeros(2, 0)), r"scores must be \[N, L\] .* got \[2, 0\]"),
+        (
+            "excess",
+            EXCESS,
+            dict(scores=torch.zeros(2, 9).int()),
+            "scores must be float32, float64, bfloat16 or float16",
+        ),
+        (
+            "excess",
+            EXCESS,
+            dict(seed=torch.tensor([1, 2])),
+            r"seed must be Long of shape \[\], got Long of shape \[2\]",
+        ),
+        ("excess", EXCESS, dict(seed=torch.tensor(1.0)), r"seed must be Long of shape \[\], got Float of shape \[\]"),
+        ("excess", EXCESS, dict(schedule=torch.tensor(1.0)), r"schedule must be Double of shape \[\], got Float"),
+        ("excess", EXCESS, dict(ranks=[]), "there must be 1 to 32 ranks, got 0"),
+        ("excess", EXCESS, dict(ranks=[2] * 33), "there must be 1 to 32 ranks, got 33"),
+        ("excess", EXCESS, dict(ranks=[0]), "ranks must be positive, got 0"),
+        ("excess", EXCESS, dict(ranks=[3, 1]), "ranks must be at least 2 without the true class, got 1"),
+        ("excess", EXCESS, dict(n_sample=0), "n_sample must be positive, got 0"),
+        ("excess", EXCESS, dict(law=2), "the law must be 0 .* or 1 .*, got 2"),
+        (
+            "excess",
+            EXCESS,
+            dict(target=torch.tensor([1])),
+            r"target must be Long of shape \[2\], got Long of shape \[1\]",
+        ),
+        ("excess", EXCESS, dict(target=torch.tensor([1, 9])), "target out of bounds"),
+        ("candidates", CANDIDATES, dict(first_class=-1), r"class ids must be in \[0, 2\*\*31 - 1\), got -1"),
+        (
+            "candidates",
+            CANDIDATES,
+            dict(first_class=2**31 - 9),
+            "class ids must be in .* got 2147483639 for the first of 9",
+        ),
+        ("gradient", GRADIENT, dict(classes=torch.zeros(2, 4).long()), r"classes must be .* got \[2, 4\]"),
+        ("gradient", GRADIENT, dict(classes=torch.zeros(2, 0, 1).long()), r"classes must be .* got \[2, 0, 1\]"),
+        ("gradient", GRADIENT, dict(classes=torch.zeros(2, 4, 33).long()), r"with M in \[1, 32\], got \[2, 4, 33\]"),
+        (
+            "gradient",
+            GRADIENT,
+            dict(grad=torch.zeros(2, 2)),
+            r"grad must be Float of shape \[2, 1\], got Float of shape",
+        ),
+        ("gradient", GRADIENT, dict(dtype=torch.float64), r"grad must be Double of shape \[2, 1\], got Float of shape"),
+        (
+            "gradient",
+            GRADIENT,
+            dict(target=torch.tensor([1])),
+            r"target must be Long of shape \[2\], got Long of shape",
+        ),
+        ("gradient", GRADIENT, dict(n_classes=-1), "the slice of classes must not be negative, got -1 from 0 on"),
+    ],
+)
+def test_the_cpp_ops_refuse_what_they_could_not_read_safely(name, good, bad, message):
+    op = ops.kernel(name, "cpp")
+    op(**good)
+    with pytest.raises(RuntimeError, match=message):
+        op(**good | bad)

@@ -21,7 +21,7 @@ from testing import ROOT
 
 HEADERS = ROOT / ".cache" / "headers"
 PINNED = "the installed torch"
-SOURCES = sorted(path.name for path in (ROOT / "csrc").glob("*.cpp"))
+SOURCES = sorted(str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.cpp"))
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++: nothing can be compiled")
 
 
@@ -34,10 +34,21 @@ def headers(version):
         wheels = HEADERS / "wheels"
         platforms = ["--python-version=3.11", "--platform", "macosx_11_0_arm64", "--platform", "macosx_14_0_arm64"]
         done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--retries=1", "--no-deps", "--only-binary=:all:",
-             *platforms, f"--dest={wheels}", f"torch=={version}"],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--retries=1",
+                "--no-deps",
+                "--only-binary=:all:",
+                *platforms,
+                f"--dest={wheels}",
+                f"torch=={version}",
+            ],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             pytest.skip(f"the wheel of torch {version}, which has its headers, cannot be had: {done.stderr[-300:]}")
         (wheel,) = wheels.glob(f"torch-{version}-*.whl")
@@ -54,9 +65,18 @@ def headers(version):
 def test_the_sources_compile(version):
     """The CUDA binding too, which needs no header of CUDA's: it alone knows both torch and CUDA."""
     folders = [f"-I{ROOT / 'csrc'}", "-isystem", headers(version), f"-I{sysconfig.get_paths()['include']}"]
-    flags = ["-fsyntax-only", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-             "-DPy_LIMITED_API=0x030A0000", "-DUSE_CUDA", '-DTOPK_FAST_CUDA_ARCHITECTURES="8.0"']  # fmt: skip
-    assert {"topk_cpu.cpp", "topk_cuda_binding.cpp"} < set(SOURCES)
+    flags = [
+        "-fsyntax-only",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-DPy_LIMITED_API=0x030A0000",
+        "-DUSE_CUDA",
+        '-DTOPK_FAST_CUDA_ARCHITECTURES="8.0"',
+    ]
+    assert {"cpu/binding.cpp", "cuda/binding.cpp"} < set(SOURCES)
     for source in SOURCES:
         done = subprocess.run(["g++", *flags, *folders, ROOT / "csrc" / source], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -233,7 +253,7 @@ def test_distributions_are_complete(distributions):
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     kernels = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
-    assert "csrc/topk_cuda.cu" in kernels and kernels | {"find_cuda.py", "setup.py", "LICENSE"} <= names
+    assert "csrc/cuda/kernels.cu" in kernels and kernels | {"find_cuda.py", "setup.py", "LICENSE"} <= names
     assert re.search(r"-cp310-abi3-linux_\w+\.whl$", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

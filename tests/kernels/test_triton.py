@@ -1,8 +1,9 @@
-"""Contract under test: backend "triton" gives the bits of the C++ kernel, for values, classes, losses and gradients.
+"""Contract under test: backend "triton" gives the bits of reference.py, for values, classes, excesses and gradients.
 
 On a GPU where there is one; else in Triton's interpreter, which runs the same kernels, one program after another, on
-CPU tensors. The kinds of scores are those of test_backends.py. The interpreter takes a second a row, so it gets few rows
-of many shapes; a GPU compiles each shape for a second or more, so it gets few shapes, each with every kind of scores.
+CPU tensors. The kinds of scores are those of test_backends.py. The interpreter takes a second a row, so it gets few
+rows of many shapes; a GPU compiles each shape for a second or more, so it gets few shapes, each with every kind of
+scores.
 """
 
 import itertools
@@ -18,11 +19,9 @@ import pytest
 import torch
 
 from testing import (
-    BACKENDS,
     KINDS,
     KNOWN,
     KNOWN_IDS,
-    NAN,
     ROOT,
     assert_same,
     dense_oracle,
@@ -35,8 +34,8 @@ from testing import (
 from topk_fast import BalNoisedTopK, available_backends, backends, noise
 from topk_fast.functional import (
     bal_noised_topk_loss,
-    imbal_noised_topk_loss,
     linear_noised_topk_loss,
+    noised_excess,
     noised_topk,
     noised_topk_candidates,
 )
@@ -49,8 +48,19 @@ only_interpreted = pytest.mark.skipif(
 )
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams, graphs and 4 GiB tensors are not interpreted")
 if "triton" in available_backends(DEVICE):
-    from topk_fast.triton_kernels import launch
-ORACLE = BACKENDS[0]
+    import triton
+    import triton.language as tl
+    from topk_fast.triton_kernels import bounds, launch
+
+    @triton.jit
+    def bounds_kernel(scores, words, times, reach, epsilon, LAW: tl.constexpr, N: tl.constexpr):
+        at = tl.arange(0, N)
+        score, epsilon = tl.load(scores + at), tl.cast(epsilon, tl.float32)
+        tl.store(words + at, bounds.word_bound(score, reach, epsilon, LAW))
+        tl.store(times + at, bounds.time_bound(score, reach, epsilon, LAW))
+
+
+ORACLE = "torch"
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -64,15 +74,17 @@ class Shape(NamedTuple):
     n_sample: int
     dtype: torch.dtype
     parts: int = 1  # programs a row in the first launch; the launcher's own choice is by shape
-    what: str = "balanced"  # the loss, where there is one
+    noise: str = "normal"
+    what: str = "excess"  # or "value", or "others", which excludes the target
+    several: bool = False  # ranks
 
 
 GPU_SHAPES = [  # few classes, many samples and large k, whole rows, rows in two parts and in four
-    Shape("dense", 15, 6, 5, BF16, what="imbalanced"),
+    Shape("dense", 15, 6, 5, BF16, noise="gumbel", what="others"),
     Shape("dense", 300, 130, 33, F16),
-    Shape("thinned", 1001, 6, 5, F32, what="imbalanced"),
-    Shape("thinned", 4097, 11, 16, F16, 2),
-    Shape("thinned", 20_011, 6, 5, BF16, 4, what="value"),
+    Shape("thinned", 1001, 6, 5, F32, what="others", several=True),
+    Shape("thinned", 4097, 1, 16, F16, 2, noise="gumbel"),
+    Shape("thinned", 20_011, 6, 5, BF16, 4, what="value", several=True),
 ]
 NUMBERS = range(len(GPU_SHAPES) if ON_GPU else 5)
 
@@ -84,14 +96,22 @@ def drawn(draw, number):
     sampler = draw.choice(["thinned", "thinned", "dense"])
     short = draw.choice([draw.randint(2, 300), draw.choice([15, 16, 17, 63, 64, 65, 129, 255, 513, 1000, 2049])])
     return Shape(
-        sampler, draw.randint(2, 150) if sampler == "dense" else short, draw.choice([1, 2, 6, 6, 11, 21]),
-        draw.choice([1, 4, 5, 8, 9]), draw.choice([F32, BF16, F16]), draw.choice([1, 1, 2, 4]),
-        draw.choice(["value", "balanced", "imbalanced"]),
-    )  # fmt: skip
+        sampler,
+        draw.randint(2, 150) if sampler == "dense" else short,
+        draw.choice([1, 2, 6, 6, 11, 21]),
+        draw.choice([1, 4, 5, 8, 9]),
+        draw.choice([F32, BF16, F16]),
+        draw.choice([1, 1, 2, 4]),
+        draw.choice(["normal", "gumbel"]),
+        draw.choice(["value", "excess", "others"]),
+        draw.random() < 0.5,
+    )
 
 
 def seed_and_epsilon(draw):
-    return draw.randint(-(2**63), 2**63 - 1), draw.choice([0.0, 0.01, 0.2, 1.0, 5.0])
+    """A seed, and a noise level that is a number or a schedule's tensor."""
+    epsilon = draw.choice([0.0, 1e-40, 0.01, 0.2, 1.0, 5.0])
+    return draw.randint(-(2**63), 2**63 - 1), draw.choice([epsilon, torch.tensor(epsilon)])
 
 
 @pytest.fixture(autouse=True)
@@ -145,9 +165,17 @@ def test_known_answers(case, name):
     if name == "dense" and case["L"] > 1000 and not ON_GPU:
         pytest.skip("the interpreter would take a minute for each")
     values, classes = run(
-        "triton", noised_topk_candidates, known_scores(case)[None], case["k"], case["epsilon"], case["n_sample"],
-        seed=case["seed"], first_row=case["row"], sampler=name,
-    )  # fmt: skip
+        "triton",
+        noised_topk_candidates,
+        known_scores(case)[None],
+        case["k"],
+        case["epsilon"],
+        case["n_sample"],
+        noise=case["noise"],
+        seed=case["seed"],
+        first_row=case["row"],
+        sampler=name,
+    )
     assert classes[0].tolist() == case[name]["class"]
     assert (values[0].view(torch.int32).to(torch.int64) & 0xFFFFFFFF).tolist() == case[name]["value_bits"]
 
@@ -161,36 +189,46 @@ def test_candidates(monkeypatch, kind, number):
     seed, epsilon = seed_and_epsilon(draw)
     monkeypatch.setattr(launch, "row_parts", lambda *_: shape.parts)
     check(
-        noised_topk_candidates, scores, shape.k, epsilon, shape.n_sample, seed=seed, sampler=shape.sampler,
-        first_row=draw.choice([0, 5, 2**31 - 9 if ON_GPU else 2**31]), first_class=draw.choice([0, 1000, 2**30]),
-    )  # fmt: skip
+        noised_topk_candidates,
+        scores,
+        shape.k,
+        epsilon,
+        shape.n_sample,
+        noise=shape.noise,
+        seed=seed,
+        sampler=shape.sampler,
+        first_row=draw.choice([0, 5, 2**31 - 9 if ON_GPU else 2**31]),
+        first_class=draw.choice([0, 1000, 2**30]),
+    )
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients(monkeypatch, kind, number):
-    draw = random.Random(f"losses {kind} {number}")
+def test_excesses_and_gradients(monkeypatch, kind, number):
+    """One rank and several, of all classes and of those beside the target, with rows that are ignored and with NaN."""
+    draw = random.Random(f"excesses {kind} {number}")
     shape = drawn(draw, number)
     n_rows, n_classes, data_seed = draw.randint(1, 3), shape.n_classes, draw.randint(0, 2**31)
-    k = min(shape.k, n_classes - 1)
     scores = scores_of(kind, shape.dtype, n_rows, n_classes, data_seed)
     generator = torch.Generator().manual_seed(data_seed)
     target = torch.randint(n_classes, (n_rows,), generator=generator)
+    if draw.random() < 0.5:
+        target = scores.float().nan_to_num().argmax(1)  # which stands in front of most lists
     target[torch.rand(n_rows, generator=generator) < 0.2] = -100
-    margins = torch.rand(n_classes, generator=generator)
-    grad = torch.randn(n_rows, generator=generator)
+    least = {"value": 1, "excess": 0, "others": 1}[shape.what]
+    k = max(least, min(shape.k, n_classes - 1))
+    ks = [k, least, (k + least) // 2] if shape.several else k
+    grad = torch.randn((n_rows, 3) if shape.several else (n_rows,), generator=generator)
     if draw.random() < 0.5:
         grad = grad.sign()  # counts show as they are
     seed, epsilon = seed_and_epsilon(draw)
-    more = dict(grad=grad, seed=seed, sampler=shape.sampler)
+    more = dict(grad=grad, noise=shape.noise, seed=seed, sampler=shape.sampler)
     monkeypatch.setattr(launch, "row_parts", lambda *_: shape.parts)
     if shape.what == "value":
-        check(noised_topk, scores, k, epsilon, shape.n_sample, **more)
-    elif shape.what == "balanced":
-        check(bal_noised_topk_loss, scores, target, k, epsilon, shape.n_sample, reduction="none", **more)
+        check(noised_topk, scores, ks, epsilon, shape.n_sample, **more)
     else:
-        args = (margins, epsilon, draw.choice([1.0, 50.0, 0.3]), shape.n_sample)
-        check(imbal_noised_topk_loss, scores, target, k, *args, reduction="none", **more)
+        more["exclude_target"] = shape.what == "others"
+        check(noised_excess, scores, target, ks, epsilon, shape.n_sample, **more)
 
 
 @pytest.mark.parametrize(
@@ -249,9 +287,16 @@ def test_row_slices_equal_the_whole(sampler):
     whole = run("triton", noised_topk_candidates, scores, 6, 1.0, 5, seed=-5, first_row=first, sampler=sampler)
     for n in range(5):
         part = run(
-            "triton", noised_topk_candidates, scores[n : n + 1], 6, 1.0, 5, seed=-5, first_row=first + n,
+            "triton",
+            noised_topk_candidates,
+            scores[n : n + 1],
+            6,
+            1.0,
+            5,
+            seed=-5,
+            first_row=first + n,
             sampler=sampler,
-        )  # fmt: skip
+        )
         assert_same(part, tuple(x[n : n + 1] for x in whole), f"row {n}")
 
 
@@ -311,24 +356,26 @@ def test_strided_gradients_and_labels():
     ids=str,
 )
 def test_gradient_across_blocks_and_rows(n_rows, n_classes, dtype):
-    """The op alone: classes that repeat, true classes among them or not, closed gates, NaN rows, at block edges."""
+    """The op by itself, at block edges: classes that repeat, true classes among them or not, ignored rows, NaN rows."""
     generator = torch.Generator().manual_seed(1)
-    classes = torch.randint(n_classes, (n_rows, 70), generator=generator)
-    classes[:, :40] = classes[:, :1]
+    classes = torch.randint(n_classes, (n_rows, 36, 2), generator=generator)
+    classes[:, :20, 0] = classes[:, :1, 0]
+    classes[:, 30:, 1] = classes[:, 1:2, 0]  # one class at both ranks
     classes[0, 5], classes[-1, 6] = 0, n_classes - 1
-    target = classes[:, 50].clone()
-    classes[n_rows // 3] = -1  # a masked row: all or none of its lists are short
-    grad, result = torch.randn(n_rows, generator=generator), torch.rand(n_rows, generator=generator) - 0.3
-    result[n_rows // 3], result[n_rows // 2] = -1.0, NAN  # the mean of -inf closes the gate
-    for y in (target, None):
-        args = (grad, result, classes, y)
-        expected = torch.ops.topk_fast.gradient_torch(*args, 3.0, 0, n_classes, dtype)
+    target = classes[:, 25, 1].clone()
+    target[n_rows // 4] = -100
+    classes[n_rows // 3] = -1  # no list of a masked row reaches its ranks
+    classes[n_rows // 2] = -2
+    grad = torch.randn(n_rows, 2, generator=generator)
+    for y, n_ranks in ((target, 2), (None, 2), (target, 1)):
+        args = (grad[:, :n_ranks], classes[..., :n_ranks], y)
+        expected = torch.ops.topk_fast.gradient_torch(*args, -100, 0, n_classes, dtype)
         on_device = [None if x is None else x.to(DEVICE) for x in args]
-        given = torch.ops.topk_fast.gradient_triton(*on_device, 3.0, 0, n_classes, dtype)
+        given = torch.ops.topk_fast.gradient_triton(*on_device, -100, 0, n_classes, dtype)
         assert_same(given.cpu(), expected)
         if y is not None and (n_rows < 100 or ON_GPU):
             first, width = n_classes // 3, (n_classes + 1) // 2  # a slice of the classes
-            given = torch.ops.topk_fast.gradient_triton(*on_device, 3.0, first, width, dtype)
+            given = torch.ops.topk_fast.gradient_triton(*on_device, -100, first, width, dtype)
             assert_same(given.cpu(), expected[:, first : first + width])
 
 
@@ -363,21 +410,63 @@ def test_empty_batch():
     assert values.shape == classes.shape == (0, 5, 3)
 
 
+@pytest.mark.parametrize("law", range(2), ids=["normal", "gumbel"])
+@pytest.mark.parametrize("size, epsilon", [(1.0, 1.0), (1.0, 0.01), (1000.0, 1.0), (1.0, 0.0), (1e-37, 1e-40)])
+def test_what_lies_beyond_a_bound_does_not_reach(size, epsilon, law):
+    """For words, the first that a bound rules out has the largest draw; for arrivals, the first the highest level."""
+    reach = np.float32(0.7 * size)
+    distance = torch.linspace(-3.0, 9.0, 1024) * (epsilon or size)
+    scores = (reach - distance).float().to(DEVICE)
+    words, times = torch.empty_like(scores, dtype=torch.int32), torch.empty_like(scores)
+    bounds_kernel[1,](scores, words, times, float(reach), epsilon, law, 1024, enable_fp_fusion=False)
+    scores, words, times = scores.cpu(), words.cpu().long(), times.cpu()
+    for bounded, noise_of, argument in (
+        (words < (1 << 24) - 1, noise.LAWS[law].draw, (words + 1) << 8),
+        (times.isfinite(), noise.LAWS[law].level, times.nextafter(torch.tensor(1.0))),
+    ):
+        assert 0.4 < bounded.float().mean() < 0.8, "some are ruled out, none where the score exceeds what is reached"
+        value = scores[bounded] + noise_of(argument[bounded]) * torch.tensor(epsilon, dtype=torch.float32)
+        assert (value < reach).all()
+
+
 # Systems, on rows of one length, whose kernels they share
 
 
 def test_opcheck():
     scores, target = randn(2, 300).to(DEVICE), torch.tensor([3, -100], device=DEVICE)
-    seed, margins = torch.tensor(3, device=DEVICE), torch.ones(300, device=DEVICE)
+    seed, schedule = torch.tensor(3, device=DEVICE), torch.tensor(0.5, dtype=torch.float64, device=DEVICE)
 
     def check_op(op, *args):
         torch.library.opcheck(getattr(torch.ops.topk_fast, op + "_triton").default, args)
 
-    check_op("candidates", scores, seed, 5, 1.0, 4, 2, 1000, False)
-    check_op("smoothed", scores.to(torch.bfloat16), seed, 5, 1.0, 4, False)
-    check_op("loss", scores, target, margins, seed, 5, 1.0, 4, 50.0, -100, False)
-    losses, classes, _ = torch.ops.topk_fast.loss_triton(scores, target, None, seed, 5, 1.0, 4, 1.0, -100, False)
-    check_op("gradient", torch.ones(2, device=DEVICE), losses, classes, target, 50.0, 0, 300, torch.bfloat16)
+    check_op("candidates", scores, seed, [5], 1.0, None, 4, 0, False, 2, 1000)
+    check_op("excess", scores.to(torch.bfloat16), seed, [5], 1.0, None, 4, 1, False, None, -100, False)
+    noise_and_labels = (seed, [5, 2], 1.0, schedule, 4, 0, False, target, -100, True)
+    check_op("excess", scores, *noise_and_labels)
+    _, classes = torch.ops.topk_fast.excess_triton(scores, *noise_and_labels)
+    check_op("gradient", torch.ones(2, 2, device=DEVICE), classes, target, -100, 0, 300, torch.bfloat16)
+
+
+def test_a_tensor_on_another_device_is_named():
+    """Kernels would follow its address; torch's dispatcher takes any device beside the scores'."""
+    scores, seed = randn(2, 9).to(DEVICE), torch.tensor(1, device=DEVICE)
+    target = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    level = torch.tensor(1.0, dtype=torch.float64, device="meta")
+
+    def excess(seed, schedule, target):
+        launch.excess(scores, seed, [2], 1.0, schedule, 3, 0, False, target, -100, False)
+
+    with pytest.raises(RuntimeError, match=f"seed must be on {scores.device}, .* got seed on meta"):
+        excess(seed.to("meta"), None, target)
+    with pytest.raises(RuntimeError, match="schedule must be on"):
+        excess(seed, level, target)
+    with pytest.raises(RuntimeError, match="target must be on"):
+        excess(seed, None, target.to("meta"))
+    for name in ("classes", "target"):
+        tensors = {"classes": torch.zeros(2, 3, 1, dtype=torch.int64, device=DEVICE), "target": target}
+        tensors[name] = tensors[name].to("meta")
+        with pytest.raises(RuntimeError, match=f"{name} must be on {scores.device}"):
+            launch.gradient(torch.ones(2, 1, device=DEVICE), *tensors.values(), -100, 0, 9, F32)
 
 
 def test_one_graph_for_all_seeds():
@@ -494,7 +583,7 @@ def test_more_than_two_to_the_31_scores(backend):
     for n in (0, n_rows - 1):
         values, classes = noised_topk_candidates(scores.detach()[n : n + 1].cpu(), 6, first_row=n, seed=1)
         top = values[0, :, -1]
-        expected = ((1 + sum(top[1:], start=top[0]) * 0.2) - scores[n, n].detach().cpu().float()).relu()
+        expected = ((sum(top[1:], start=top[0]) * 0.2 - scores[n, n].detach().cpu().float()) + 1).relu()
         assert_same(losses[n].detach().cpu(), expected)
         filled = scores.grad[n].nonzero().flatten().cpu()
         assert set(filled.tolist()) == (set(classes[0, :, -1].tolist()) | {n})
@@ -506,10 +595,7 @@ def test_more_than_two_to_the_31_scores(backend):
 @pytest.mark.host
 def test_compiled_code_keeps_the_contract_and_its_budget():
     """sm_80, sm_90, gfx942: no fused or approximate step, on NVIDIA at most 128 registers and 1 KiB of stack."""
-    tool = ROOT / "benchmarks" / "triton_static.py"
-    kernels = json.loads(
-        python(f"import runpy, sys; sys.argv = ['', '--quick']; runpy.run_path({str(tool)!r}, run_name='__main__')")
-    )
+    kernels = json.loads(python("-m", "benchmarks.triton_static", "--quick"))
     assert {k["target"] for k in kernels} == {"sm_80", "sm_90", "gfx942"}
     assert {k["kernel"] for k in kernels} == {"search_kernel", "collect_kernel", "gradient_kernel"}
     for kernel in kernels:
@@ -523,17 +609,26 @@ def test_compiled_code_keeps_the_contract_and_its_budget():
 
 
 @pytest.mark.host
-def test_autotune_tries_all_its_settings():
-    tools = ROOT / "benchmarks"
+def test_new_numbers_compile_nothing():
+    """Rows, seed, K, noise level, samples and the place of a slice vary from call to call without a recompilation."""
     code = (
-        f"import os, sys; os.environ['TOPK_FAST_AUTOTUNE'] = '1'; sys.path.insert(0, {str(tools)!r})\n"
-        "import triton_static as t\n"
-        "tuner = t.launch.search_kernel\n"
-        "case = (4, 40, t.torch.float32, 6, 5, 'dense')\n"
-        "kernels = t.compiled(t.TARGETS['sm_90'], 'tuned', lambda: t.steps(*case), [tuner.fn])\n"
-        "print(len(kernels) == len(tuner.configs) > 1, 'best' if tuner.best_config else '')"
+        "import torch\n"
+        "from benchmarks import triton_static as t\n"
+        "def calls(n, k, n_sample, ignore_index, place):\n"
+        "    scores, target = torch.empty(n, 1000), torch.zeros(n, dtype=torch.int64)\n"
+        "    noise = (torch.zeros((), dtype=torch.int64), 1.0 / k, None, n_sample, 0, False)\n"
+        "    take = lambda ranks: (noise[0], ranks, *noise[1:])\n"
+        "    t.launch.candidates(scores, *take([k]), *place)\n"
+        "    for ranks in ([k], [k, k - 1]):\n"
+        "        _, classes = t.launch.excess(scores, *take(ranks), target, ignore_index, False)\n"
+        "        grad = torch.zeros(n, len(ranks))\n"
+        "        t.launch.gradient(grad, classes, target, ignore_index, place[1], 1000, torch.float32)\n"
+        "numbers = [(4, 6, 6, -100, (5, 9)), (1, 3, 5, 1, (0, 0)), (16, 8, 4, 16, (16, 1)), (7, 4, 7, -1, (1, 16))]\n"
+        "run = lambda some: t.compiled(t.TARGETS['sm_90'], 'numbers', lambda: [calls(*one) for one in some])\n"
+        "print(len(run(numbers[:1])), len(run(numbers)))"
     )
-    assert python(code).strip() == "True best"
+    first, all_of_them = python("-c", code).split()
+    assert int(first) == int(all_of_them) == 5, "candidates, one rank, two ranks, and the gradients of the latter two"
 
 
 # Availability and errors
@@ -568,10 +663,10 @@ def test_wrong_labels_are_named():
         bal_noised_topk_loss(randn(2, 9), torch.tensor([1, 9]), 3, backend="triton")
 
 
-def python(code):
-    """Runs code in a process of its own, without the interpreter's switch; its output."""
+def python(*arguments):
+    """Runs Python in a new process, where TRITON_INTERPRET is not set, and returns its output."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -583,7 +678,7 @@ def test_cpu_tensors_without_the_interpreter():
         "try: topk_fast.NoisedTopK(2, backend='triton')(torch.randn(2, 9))\n"
         "except ValueError as error: print(error)"
     )
-    said = python(code)
+    said = python("-c", code)
     assert "runs on CUDA and HIP tensors (with TRITON_INTERPRET=1" in said and "got input on cpu" in said
 
 
@@ -597,16 +692,16 @@ def test_import_without_triton():
         "try: topk_fast.NoisedTopK(2, backend='triton')(torch.randn(2, 9))\n"
         "except RuntimeError as error: print(error)"
     )
-    assert "backend 'triton' is not available: Triton is not installed; run `pip install triton`" in python(code)
+    assert "backend 'triton' is not available: Triton is not installed; run `pip install triton`" in python("-c", code)
 
 
 @pytest.mark.host
 def test_import_leaves_triton_alone():
-    python("import sys, topk_fast; assert 'triton' not in sys.modules, 'imported before its first use'")
+    python("-c", "import sys, topk_fast; assert 'triton' not in sys.modules, 'imported before its first use'")
 
 
 def test_linear_loss():
-    """Chunks of classes with `first_class`, in a program each for a few rows: the walk over the weight on these kernels."""
+    """The walk over the weight on these kernels: chunks of classes, each with its `first_class`."""
     x, weight, target = randn(3, 8).to(DEVICE), randn(500, 8, seed=1).to(DEVICE), torch.tensor([3, 499, 250])
     found = []
     for backend, device in (("triton", DEVICE), ("torch", DEVICE)):

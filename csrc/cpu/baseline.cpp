@@ -1,0 +1,2 @@
+#define TOPK_FAST_ISA baseline
+#include "search.h"

@@ -1,2 +1,0 @@
-#define TOPK_FAST_ISA baseline
-#include "topk_cpu_kernel.h"

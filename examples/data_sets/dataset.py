@@ -1,0 +1,83 @@
+"""The form of both data sets, and the split of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled rows over distinct inputs: many rows may share one input, under one class or several."""
+
+    name: str
+    classes: list[str]  # [C]
+    inputs: np.ndarray  # [D, F] uint8: counts or pixels of the distinct inputs
+    group: np.ndarray  # [N] int64: the input of each row
+    target: np.ndarray  # [N] int64: the class of each row
+
+    def features(self, numbers: np.ndarray | slice = slice(None)) -> torch.Tensor:
+        """Square roots of the inputs with the given numbers, each scaled to length sqrt(F): [D, F] float32."""
+        x = torch.from_numpy(self.inputs[numbers]).float().sqrt_()
+        return torch.nn.functional.normalize(x).mul_(x.shape[1] ** 0.5)
+
+    def ambiguous_share(self) -> float:
+        """The share of rows whose input also occurs in another class; one guess cannot be right for all of these."""
+        pairs = np.unique(np.stack([self.group, self.target]), axis=1)
+        classes_of_input = np.bincount(pairs[0], minlength=len(self.inputs))
+        return float((classes_of_input[self.group] > 1).mean())
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp.npz")  # an interrupted run leaves no half-written cache behind
+        np.savez_compressed(partial, **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Dataset:
+        with np.load(path, allow_pickle=False) as z:
+            return cls(str(z["name"]), z["classes"].tolist(), z["inputs"], z["group"], z["target"])
+
+
+def cached(path: Path, build: Callable[[], Dataset]) -> Dataset:
+    """The data set stored at `path`, which is built and stored there first if necessary."""
+    if not path.exists():
+        build().save(path)
+    return Dataset.load(path)
+
+
+def shuffle_within_classes(target: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of all rows, sorted by class and in random order within each, and the place of each in its class."""
+    order = np.random.default_rng(seed).permutation(len(target))
+    order = order[np.argsort(target[order], kind="stable")]
+    count = np.bincount(target)
+    return order, np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row numbers of the three parts."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+def split_rows(target: np.ndarray, seed: int) -> Split:
+    """Gives a quarter of every class (rounded down) to validation, as much to the test, and the rest to training.
+
+    Raises:
+        ValueError: if a class has fewer than 4 rows, which do not suffice for three parts.
+    """
+    count = np.bincount(target)
+    if count.min() < 4:
+        raise ValueError(f"every class needs at least 4 rows, got {count.min()} of class {count.argmin()}")
+    order, rank = shuffle_within_classes(target, seed)
+    quarter = np.repeat(count // 4, count)
+    part = np.where(rank < quarter, 0, np.where(rank < 2 * quarter, 1, 2))
+    test, val, train = (np.sort(order[part == i]) for i in range(3))
+    return Split(train, val, test)

@@ -1,0 +1,89 @@
+"""What a figure was measured with: hardware, versions, commit and command; and the peak of a process's memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import topk_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+# Packages that a figure may depend on; torch and Triton stand in topk_fast.build_info().
+PACKAGES = (
+    *("numpy", "torchmetrics", "matplotlib", "tqdm"),
+    *("pytopk", "entmax", "difftopk", "liger_kernel", "cut_cross_entropy"),
+)
+
+
+def environment(device: str = "cpu") -> dict:
+    """Hardware, threads, versions, commit (or $COMMIT), date and command, without which nobody can repeat a result."""
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    out = {"cpu": cpu.group(1) if cpu else platform.machine(), "threads": torch.get_num_threads()}
+    if device == "cuda":
+        out |= {"device": torch.cuda.get_device_name(), "cuda_version": torch.version.cuda}
+        out["driver"] = _output("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return (
+        out
+        | versions
+        | {
+            "topk_fast": topk_fast.__version__,
+            **topk_fast.build_info(),
+            **stamp(),
+        }
+    )
+
+
+def stamp() -> dict[str, str]:
+    """The commit (or $COMMIT), the date and the command of this run."""
+    return {
+        "commit": os.environ.get("COMMIT") or _output("git describe --always --dirty"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }
+
+
+def _output(command: str) -> str:
+    """What a command prints, or "unknown" where it is not installed or prints nothing."""
+    words = command.split()
+    if shutil.which(words[0]) is None:
+        return "unknown"
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+class PeakMemory:
+    """The peak of this process's memory in bytes, above what the process held when this was made."""
+
+    def __init__(self) -> None:
+        self._status = Path("/proc/self/status")
+        self._before = self._read("VmRSS")
+        self.reset()
+
+    def _read(self, field: str) -> int | None:
+        if not self._status.exists():
+            return None
+        return 1024 * int(re.search(rf"^{field}:\s+(\d+)", self._status.read_text(), re.MULTILINE).group(1))
+
+    def reset(self) -> None:
+        """Forgets earlier peaks."""
+        if self._before is not None:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int | None:
+        """The peak since the last reset; None where there is no /proc, which only Linux has."""
+        return None if self._before is None else self._read("VmHWM") - self._before

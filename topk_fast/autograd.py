@@ -1,0 +1,145 @@
+r"""Derivatives of the search, any number of times.
+
+.. math:: \frac{\partial e_m}{\partial s_j} = \frac{\#\{b : c_{b,m} = j\}}{B} - [j = y]
+
+The class ids c alone are kept for the backward. They are constant between the points where two noised scores change
+ranks, so that the gradient is linear in what comes in, and has no derivative in the scores.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import losses, ops, reference
+from .request import Labels, Noise, Place, Search, Slice
+
+
+def _excess(search: Search) -> tuple[Tensor, Tensor]:
+    """Excesses [N, M] and class ids [N, B, M]; where classes lie on several ranks, over the classes of all of them."""
+    scores, wanted, labels, backend, shards = search
+    if shards is None:
+        return ops.kernel("excess", backend)(scores, *wanted, *labels)
+    if scores.shape[1]:
+        lists = ops.kernel("candidates", backend)(scores, *wanted, *Place(0, search.first_class))
+    else:
+        lists = reference.empty_lists(scores, wanted.k, wanted.n_sample)
+    true_score = reference.own_scores(scores, labels.target, search.first_class)
+    values, classes, true_score = shards.merge_lists(*lists, true_score, labels.target)
+    return reference.excess_of(values, classes, true_score, wanted.ranks, labels)
+
+
+class _Gradient(Function):
+    """The gradient of the scores, itself differentiable in the gradient of the excesses."""
+
+    @staticmethod
+    def forward(grad, classes, target, ignore_index, part, backend):
+        return ops.kernel("gradient", backend)(grad, classes, target, ignore_index, *part)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, classes, target, ctx.ignore_index, _, _ = inputs
+        ctx.save_for_backward(classes, target)
+        ctx.dtype = grad.dtype
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        classes, target = ctx.saved_tensors
+        wide = grad_out.to(ctx.dtype)
+        picked = wide.gather(1, classes.clamp(min=0).flatten(1)).view(classes.shape)
+        total = picked.masked_fill(classes < 0, 0.0).mean(1)  # [N, M]
+        if target is not None:
+            ignored = target == ctx.ignore_index
+            total = total - wide.gather(1, target.masked_fill(ignored, 0)[:, None])
+            total = total.masked_fill(ignored[:, None], 0.0)
+        return total.masked_fill(reference.marks_nan(classes)[:, None], torch.nan), None, None, None, None, None
+
+
+def _keep(ctx, search: Search, classes: Tensor, *more: Tensor | None) -> None:
+    ctx.save_for_backward(classes, search.labels.target, *more)
+    ctx.part = Slice(search.first_class, search.scores.shape[1], search.scores.dtype)
+    ctx.ignore_index, ctx.backend, ctx.sharded = search.labels.ignore_index, search.backend, search.shards is not None
+
+
+def _differentiate(ctx, grad: Tensor, classes: Tensor, target: Tensor | None) -> Tensor:
+    """The gradient of the scores from that of the excesses [N, M]; ``ctx`` and the tensors as `_keep` filled them."""
+    args = (grad.to(reference.arithmetic(ctx.part.dtype)), classes, target, ctx.ignore_index)
+    if not torch.is_grad_enabled():
+        return ops.kernel("gradient", ctx.backend)(*args, *ctx.part)
+    if ctx.sharded and grad.requires_grad:
+        raise RuntimeError(
+            "a loss whose classes are sharded has no second derivative: call backward without create_graph"
+        )
+    return _Gradient.apply(*args, ctx.part, ctx.backend)
+
+
+class _Excess(Function):
+    """Scores to excesses and class ids."""
+
+    @staticmethod
+    def forward(scores, search):
+        return _excess(search._replace(scores=scores))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        _keep(ctx, inputs[1]._replace(scores=inputs[0]), output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return _differentiate(ctx, grad, *ctx.saved_tensors), None
+
+
+def differentiable_excess(search: Search) -> Tensor:
+    """The excesses [N, M] of a search, differentiable in the scores."""
+    if torch.compiler.is_compiling() and search.shards is None:  # the op has a derivative of its own, for graphs
+        return _excess(search)[0]
+    return _Excess.apply(search.scores, search)[0]
+
+
+class _HingeLoss(Function):
+    """Scores to reduced losses in one node of the graph: separate nodes for the link cost a third of a small step."""
+
+    @staticmethod
+    def forward(ctx, scores, search, hinge):
+        # The ops have derivatives of their own, whose Python would cost some 6 us a call here, where this one's counts.
+        with torch._C._AutoDispatchBelowAutograd():
+            excess, classes = _excess(search)
+            each = hinge.losses(excess, search.labels)
+            n_valid = losses.count_valid(search.labels) if hinge.reduction == "mean" else None
+        _keep(ctx, search, classes, each, n_valid)
+        ctx.hinge = hinge
+        if hinge.reduction == "none":
+            return each
+        return each.sum() if n_valid is None else each.sum() / n_valid
+
+    @staticmethod
+    def backward(ctx, grad):
+        *kept, each, n_valid = ctx.saved_tensors
+        if n_valid is not None:
+            grad = grad / n_valid
+        return _differentiate(ctx, (grad * ctx.hinge.slope(each))[:, None], *kept), None, None
+
+
+def hinge_loss(search: Search, hinge: losses.Hinge) -> Tensor:
+    """The hinge of a search's excesses, [N] or reduced, differentiable in the scores."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return hinge.reduced(differentiable_excess(search), search.labels)
+    return _HingeLoss.apply(search.scores, search, hinge)
+
+
+def _derivative_of(backend: str):
+    """`_Excess`'s derivative, for the op itself."""
+
+    def keep(ctx, inputs, output):
+        scores, *args = inputs
+        n = len(Noise._fields)
+        search = Search(scores, Noise(*args[:n]), Labels(*args[n:]), backend)
+        _keep(ctx, search, output[1])
+
+    def backward(ctx, grad, _):
+        return _differentiate(ctx, grad, *ctx.saved_tensors), *[None] * (len(Noise._fields) + len(Labels._fields))
+
+    return keep, backward
+
+
+ops.register_derivative("excess", _derivative_of)

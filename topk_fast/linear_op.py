@@ -1,0 +1,217 @@
+r"""The ops of a linear layer and search in one, and their derivatives.
+
+.. math:: s = x W^T + b, \qquad
+          \partial\ell / \partial x = \sum_{j} g_j w_j, \quad \partial\ell / \partial w_j = \sum_n g_{nj} x_n
+
+The gradient g of the scores has at most B * M + 1 entries a row (`reference.entries`), so one matmul is enough: the
+forward walks it in tiles of rows and classes and keeps the k best of each (row, sample), and the backward gathers as
+many rows of the weight per row of the input, and adds as many rows into the weight's gradient, class by class in a
+fixed order. Second derivatives are those of the same sums with g held constant, as it is between the points where a
+rank changes hands.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from . import checks, ops, reference
+from .linear_gradient import Spread, prepare
+from .request import LABELS, LAYER, NOISE, Labels, Layer, LinearSearch, Noise, Place
+
+_ROWS = 1024  # of a tile: enough for a matmul at full speed
+_BYTES = {"cpu": 16 << 20}  # of a tile of logits; elsewhere _BYTES_ON_DEVICE
+_BYTES_ON_DEVICE = 256 << 20
+_N = len(Noise._fields)  # arguments of the noise
+
+
+def count_chunk(chunk_size: int | None, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
+    """Classes of a tile, at least 1."""
+    if chunk_size is not None:
+        return min(checks.check_integer("chunk_size", chunk_size, 1, 2**31 - 1), max(1, weight.shape[0]))
+    size = _BYTES.get(rows.device.type, _BYTES_ON_DEVICE) // (max(1, min(len(rows), _ROWS)) * dtype.itemsize)
+    return max(1, min(size, weight.shape[0]))
+
+
+def _candidates_of(backend):
+    def linear_candidates(input, weight, bias, target, *args):
+        """The k best noised logits of this slice of classes [N, n_sample, k], their classes, the true class's logit."""
+        wanted, layer, first_class = Noise(*args[:_N]), Layer(*args[_N:-1]), args[-1]
+        n_rows, n_classes = input.shape[0], weight.shape[0]
+        values, classes = reference.empty_lists(
+            input.new_empty((n_rows, 0), dtype=layer.dtype), wanted.k, wanted.n_sample
+        )
+        true_score = values.new_zeros(n_rows)
+        tile = input.new_empty(min(n_rows, _ROWS) * min(layer.chunk, n_classes), dtype=layer.dtype)
+        search = ops.kernel("candidates", backend)
+        for row in range(0, n_rows, _ROWS):
+            at = slice(row, row + _ROWS)
+            x = input[at].to(layer.dtype)
+            for start in range(0, n_classes, layer.chunk):
+                part = slice(start, min(start + layer.chunk, n_classes))
+                w = prepare(weight[part], layer)
+                logits = tile[: len(x) * len(w)].view(len(x), len(w))
+                if bias is None:
+                    torch.mm(x, w.t(), out=logits)
+                else:
+                    torch.addmm(bias[part].to(layer.dtype), x, w.t(), out=logits)
+                place = Place(row, first_class + start)
+                found = search(logits, *wanted, *place)
+                if start:
+                    found = (torch.cat(pair, dim=2) for pair in zip((values[at], classes[at]), found))
+                    found = reference.merge(*found, wanted.k)
+                values[at], classes[at] = found
+                if target is not None:
+                    true_score[at] += reference.own_scores(logits, target[at], place.first_class)
+        return values, classes, true_score
+
+    return linear_candidates
+
+
+def _fake_candidates(input, weight, bias, target, *args):
+    wanted, layer = Noise(*args[:_N]), Layer(*args[_N:-1])
+    shape = (input.shape[0], wanted.n_sample, wanted.k)
+    values = input.new_empty(shape, dtype=reference.arithmetic(layer.dtype))
+    return values, torch.empty_like(values, dtype=torch.int64), values.new_empty(input.shape[0])
+
+
+def _excess(search: LinearSearch) -> tuple[Tensor, Tensor]:
+    """Excesses [N, M] and class ids [N, B, M]; where classes lie on several ranks, over the classes of all of them."""
+    rows, weight, bias, wanted, labels, layer, backend, shards = search
+    lists = ops.kernel("linear_candidates", backend)(
+        rows, weight, bias, labels.target, *wanted, *layer, search.first_class
+    )
+    values, classes, true_score = lists if shards is None else shards.merge_lists(*lists, labels.target)
+    return reference.excess_of(values, classes, true_score, wanted.ranks, labels)
+
+
+def _excess_of(backend):
+    def linear_excess(input, weight, bias, *args):
+        return _excess(LinearSearch(input, weight, bias, *_requests(args), backend))
+
+    return linear_excess
+
+
+def _requests(args):
+    labels = _N + len(Labels._fields)
+    return Noise(*args[:_N]), Labels(*args[_N:labels]), Layer(*args[labels:])
+
+
+def _fake_excess(input, weight, bias, *args):
+    wanted, _, layer = _requests(args)
+    return ops.fake_excess(input, wanted, layer.dtype)
+
+
+class _LinearExcess(Function):
+    """Rows [N, D], already normalised where asked, and this rank's classes to excesses and class ids."""
+
+    @staticmethod
+    def forward(rows, weight, bias, search):
+        if search.shards is not None:
+            return _excess(search._replace(rows=rows, weight=weight, bias=bias))
+        op = ops.kernel("linear_excess", search.backend)
+        return op(rows, weight, bias, *search.noise, *search.labels, *search.layer)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, weight, bias, search = inputs
+        _keep(ctx, search._replace(rows=rows, weight=weight, bias=bias), output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return *_differentiate(ctx, grad), None
+
+
+def _keep(ctx, search: LinearSearch, classes: Tensor) -> None:
+    rows, weight, bias, _, labels, ctx.layer, _, ctx.shards = search
+    ctx.mark_non_differentiable(classes)
+    ctx.bias_dtype, ctx.ignore_index = None if bias is None else bias.dtype, labels.ignore_index
+    ctx.save_for_backward(rows, weight, labels.target, classes)
+
+
+def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of rows, weight and bias from that of the excesses [N, M]; ``ctx`` as `_keep` filled it."""
+    again = torch.is_grad_enabled()
+    if again and ctx.shards is not None:
+        raise RuntimeError(
+            "a linear loss whose classes are sharded has no second derivative: call backward without create_graph"
+        )
+    if again and ctx.layer.sparse:
+        raise RuntimeError("a loss with sparse_grad=True has no second derivative: pass sparse_grad=False")
+    rows, weight, target, ids = ctx.saved_tensors
+    first = 0 if ctx.shards is None else ctx.shards.first_class
+    grad = grad.to(reference.arithmetic(ctx.layer.dtype))
+    classes, values = reference.entries(grad, ids, Labels(target, ctx.ignore_index))
+    values = values.masked_fill(reference.marks_nan(ids)[:, None] & (classes == target[:, None]), math.nan)
+    classes, order = classes.sort(dim=1)
+    values, place = values.gather(1, order), classes - first
+    repeated = F.pad(classes[:, 1:] == classes[:, :-1], (1, 0))  # equal classes have equal values: one is enough
+    active = ~repeated & (place >= 0) & (place < weight.shape[0]) & (values != 0)
+    values, place = values.masked_fill(~active, 0), place.masked_fill(~active, 0)
+    spread = Spread.apply if again else Spread.forward
+    of_rows, of_weight, of_bias = spread(
+        values, place, active, rows, weight, ctx.bias_dtype, ctx.layer, ctx.needs_input_grad[:3]
+    )
+    if of_rows is not None:
+        of_rows = (of_rows if ctx.shards is None else ctx.shards.sum(of_rows)).to(rows.dtype)
+    return of_rows, of_weight, of_bias
+
+
+def linear_excess(search: LinearSearch) -> Tensor:
+    """The excesses [N, M] of a linear layer's logits, differentiable in rows, weight and bias."""
+    rows, weight, bias, wanted, labels, layer, backend, shards = search
+    if layer.sparse and torch.compiler.is_dynamo_compiling():
+        return _apply_outside_of_graphs(rows, weight, bias, search)[0]
+    if shards is None and torch.compiler.is_compiling():  # the op has a derivative of its own, for graphs
+        return ops.kernel("linear_excess", backend)(rows, weight, bias, *wanted, *labels, *layer)[0]
+    return _LinearExcess.apply(rows, weight, bias, search)[0]
+
+
+def _apply_outside_of_graphs(*args):
+    """`_LinearExcess` where torch.compile traces: the graph breaks before it, and a full graph raises with the
+    reason."""
+    return torch.compiler.disable(_apply)(*args)
+
+
+def _apply(*args):
+    return _LinearExcess.apply(*args)
+
+
+# As the decorator torch.compiler.disable, which would import torch._dynamo, and Triton with it, at every import.
+_apply_outside_of_graphs._torchdynamo_disable = True  # type: ignore[attr-defined]
+_WHY = (
+    "sparse_grad=True makes gradients whose number of rows depends on data, which no full graph can hold: use "
+    "sparse_grad=False, or compile only the layers before the loss"
+)
+_apply_outside_of_graphs._torchdynamo_disable_msg = _WHY  # type: ignore[attr-defined]
+
+
+def _derivative_of(backend: str):
+    """`_LinearExcess`'s derivative, for the op itself."""
+
+    def keep(ctx, inputs, output):
+        _keep(ctx, LinearSearch(*inputs[:3], *_requests(inputs[3:]), backend), output[1])
+        ctx.n_others = len(inputs) - 3
+
+    def backward(ctx, grad, _):
+        return *_differentiate(ctx, grad), *[None] * ctx.n_others
+
+    return keep, backward
+
+
+_INPUTS = "Tensor input, Tensor weight, Tensor? bias"
+ops.define(
+    "linear_candidates",
+    f"({_INPUTS}, Tensor? target, {NOISE}, {LAYER}, int first_class) -> (Tensor, Tensor, Tensor)",
+    _fake_candidates,
+    _candidates_of,
+)
+ops.define(
+    "linear_excess",
+    f"({_INPUTS}, {NOISE}, {LABELS}, {LAYER}) -> (Tensor, Tensor)",
+    _fake_excess,
+    _excess_of,
+)
+ops.register_derivative("linear_excess", _derivative_of)

@@ -1,0 +1,128 @@
+"""Requests: a call's arguments, checked once at the door, which travel whole from there to the ops.
+
+The fields of `Noise`, `Place`, `Slice` and `Labels` are arguments of the ops, in this order; the text below each
+class is theirs in the ops' schemas. A new parameter of the search joins one of them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """The arguments that all functions share, as the user gave them; `checks` turns them into the requests below."""
+
+    epsilon: Any
+    n_sample: Any
+    noise: Any
+    seed: Any
+    generator: Any
+    sampler: Any
+    backend: Any
+    process_group: Any = None
+
+
+class Noise(NamedTuple):
+    """The noise, and which ranks of the noised scores are searched."""
+
+    seed: Tensor  # int64 without dimensions, on the scores' device
+    ranks: tuple[int, ...]  # K + 1 for each K of a loss
+    epsilon: float
+    schedule: Tensor | None  # float64 without dimensions, on the scores' device: replaces the number epsilon
+    n_sample: int
+    law: int  # index into noise.LAWS
+    dense: bool  # every class gets a draw of its own
+
+    @property
+    def k(self) -> int:
+        """The length of the lists."""
+        return max(self.ranks)
+
+
+NOISE = "Tensor seed, int[] ranks, float epsilon, Tensor? schedule, int n_sample, int law, bool dense"
+
+
+class Place(NamedTuple):
+    """The global row and class of the first score of a slice, to which draws belong."""
+
+    first_row: int = 0
+    first_class: int = 0
+
+
+PLACE = "int first_row, int first_class"
+
+
+class Slice(NamedTuple):
+    """The columns of a gradient of the scores that are wanted."""
+
+    first_class: int
+    n_classes: int
+    dtype: torch.dtype
+
+
+SLICE = "int first_class, SymInt n_classes, ScalarType dtype"
+
+
+class Labels(NamedTuple):
+    """The true classes."""
+
+    target: Any  # int64 tensor [N]; None where the smoothed values themselves are wanted
+    ignore_index: int = -100
+    exclude_target: bool = False  # rank the other classes only
+
+
+LABELS = "Tensor? target, int ignore_index, bool exclude_target"
+
+
+class Search(NamedTuple):
+    """A search for the excesses of a batch of scores."""
+
+    scores: Tensor  # [N, L], or this rank's classes
+    noise: Noise
+    labels: Labels
+    backend: str
+    shards: Any = None  # sharding.Shards where classes lie on several ranks
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes at hand."""
+        return self.scores.shape[1]
+
+    @property
+    def first_class(self) -> int:
+        return 0 if self.shards is None else self.shards.first_class
+
+
+class Layer(NamedTuple):
+    """How a linear layer's logits are computed and differentiated."""
+
+    normalize: bool
+    chunk: int  # classes walked at a time
+    dtype: torch.dtype  # of the logits
+    sparse: bool  # row-sparse gradients of weight and bias
+
+
+LAYER = "bool normalize, SymInt chunk_size, ScalarType dtype, bool sparse_grad"
+
+
+class LinearSearch(NamedTuple):
+    """A search for the excesses of a linear layer's logits, which are never held as a whole."""
+
+    rows: Tensor  # [N, D], of length 1 where the layer normalizes
+    weight: Tensor  # [L, D], or this rank's classes
+    bias: Tensor | None  # [L]
+    noise: Noise
+    labels: Labels
+    layer: Layer
+    backend: str
+    shards: Any = None
+
+    @property
+    def n_classes(self) -> int:
+        """The number of classes at hand."""
+        return self.weight.shape[0]
+
+    @property
+    def first_class(self) -> int:
+        return 0 if self.shards is None else self.shards.first_class
