@@ -17,6 +17,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,7 +103,8 @@ class Meeting:
 
     def __init__(self, group: dist.ProcessGroup | None, function: str, from_dtensor: bool = False):
         check_group(group)
-        self.group, self.function, self.over = group, function, group is None
+        self.group: Any = group
+        self.function, self.over = function, group is None
         self.hint = _OF_FSDP if from_dtensor else ""
 
     def __enter__(self):
@@ -115,7 +117,6 @@ class Meeting:
     def _exchange(self, message: list[int]) -> list[list[int]]:
         self.over = True
         # Gloo where there is one, for the message is the host's; else NCCL's device.
-        assert self.group is not None
         on_cpu = "cpu" in dist.get_backend_config(self.group)
         device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         own = torch.tensor(message, dtype=torch.int64, device=device)
@@ -194,8 +195,7 @@ def agree_on(meeting: Meeting, search, hinge, *, fixed_seed: bool, tensors: dict
     facts = {"k": top, "exclude_target": labels.exclude_target} | facts
     if hinge is not None:
         facts, tensors = facts | hinge.facts(), tensors | hinge.tensors(labels)
-    shards = meeting.agree(search.n_classes, labels, wanted, fixed_seed=fixed_seed, tensors=tensors, facts=facts)
-    assert shards is not None
+    shards: Any = meeting.agree(search.n_classes, labels, wanted, fixed_seed=fixed_seed, tensors=tensors, facts=facts)
     checks.check_top(top, shards.n_classes, least=int(labels.exclude_target))
     if hinge is not None and hinge.margins is not None:
         checks.check_margins(hinge.margins, shards.n_classes, hinge.margins.device, hinge.margins.dtype)
