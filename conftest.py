@@ -6,9 +6,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before anything imports triton: its kernels run in the interpreter, on the CPU
-    )
+    # Before anything imports triton: its kernels run in the interpreter, on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.register_assert_rewrite("testing")  # the comparisons of all backends
 

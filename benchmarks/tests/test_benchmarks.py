@@ -440,7 +440,7 @@ def test_a_benchmark_that_is_cut_short_has_not_failed_if_it_wrote_results(tmp_pa
         (tmp_path / "figures.json").write_text("{}")
     steps = {
         "writes": gpu.Step("writes", 5, [sys.executable, "-c", waits.format(write)], results="figures.json"),
-        "does not": gpu.Step("does not", 2, [sys.executable, "-c", waits.format("")], results="figures.json"),
+        "does not": gpu.Step("does not", 0.5, [sys.executable, "-c", waits.format("")], results="figures.json"),
     }
     assert gpu.run_all([steps["does not"]], tmp_path, 100) == ["does not (cut short)"]
     assert gpu.run_all([steps["writes"]], tmp_path, 100) == []
