@@ -1,8 +1,8 @@
 // The ops, once for all devices: candidates, excess and gradient, from tensors to requests.
 //
-// A Device has `type()`, `empty(sizes, dtype)`, `search(Search)` and `gradient(Gradient)`, and is made for a tensor
-// on it, which it makes current. What is checked here keeps memory safe; users' errors are raised by
-// topk_fast/checks.py.
+// A Device is made for a tensor, whose device it makes current. It has `holds(tensor)`, `empty(sizes, dtype)`,
+// `readable(scores)`, `search(Search)` and `gradient(Gradient)`. What is checked here keeps memory safe; users' errors
+// are raised by topk_fast/checks.py.
 #pragma once
 
 #include <optional>
@@ -49,15 +49,25 @@ struct Ops {
     Tensor seed;
   };
 
-  static Request request(const Device& device, const Tensor& scores, const Tensor& seed, const Ranks& ranks,
-                         double epsilon, const Maybe& schedule, int64_t n_sample, int64_t law, bool dense) {
+  // The arguments that a search's noise is made of, as topk_fast/request.py's Noise.
+  struct Noise {
+    const Tensor& seed;
+    const Ranks& ranks;
+    double epsilon;
+    const Maybe& schedule;
+    int64_t n_sample, law;
+    bool dense;
+  };
+
+  static Request request(const Device& device, const Tensor& scores, const Noise& noise) {
+    const Ranks& ranks = noise.ranks;
     STD_TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0 && scores.size(1) < (int64_t(1) << 31),
                     "scores must be [N, L] with L in [1, 2**31), got ", shape_string(scores.sizes()));
     STD_TORCH_CHECK(!ranks.empty() && ranks.size() <= kMaxRanks, "there must be 1 to ", kMaxRanks, " ranks, got ",
                     ranks.size());
-    STD_TORCH_CHECK(n_sample >= 1, "n_sample must be positive, got ", n_sample);
-    STD_TORCH_CHECK(law == 0 || law == 1, "the law must be 0 (normal) or 1 (gumbel), got ", law);
-    Request r{{}, device.readable(scores), {}, {}, checked(device, seed, "seed", ScalarType::Long, {})};
+    STD_TORCH_CHECK(noise.n_sample >= 1, "n_sample must be positive, got ", noise.n_sample);
+    STD_TORCH_CHECK(noise.law == 0 || noise.law == 1, "the law must be 0 (normal) or 1 (gumbel), got ", noise.law);
+    Request r{{}, device.readable(scores), {}, {}, checked(device, noise.seed, "seed", ScalarType::Long, {})};
     Search& p = r.search;
     for (size_t m = 0; m < ranks.size(); ++m) {
       STD_TORCH_CHECK(ranks[m] >= 1 && ranks[m] < (int64_t(1) << 31), "ranks must be positive, got ", ranks[m]);
@@ -69,9 +79,9 @@ struct Ops {
     p.n_rows = scores.size(0), p.n_classes = scores.size(1);
     p.row_stride = r.scores.stride(0), p.class_stride = r.scores.stride(1);
     p.seed = (const int64_t*)r.seed.const_data_ptr();
-    p.epsilon = epsilon, p.n_sample = n_sample, p.law = (Law)law, p.dense = dense;
-    if (schedule) {
-      r.schedule = checked(device, *schedule, "schedule", ScalarType::Double, {});
+    p.epsilon = noise.epsilon, p.n_sample = noise.n_sample, p.law = (Law)noise.law, p.dense = noise.dense;
+    if (noise.schedule) {
+      r.schedule = checked(device, *noise.schedule, "schedule", ScalarType::Double, {});
       p.schedule = (const double*)r.schedule->const_data_ptr();
     }
     return r;
@@ -89,7 +99,7 @@ struct Ops {
   static Pair candidates(const Tensor& scores, const Tensor& seed, Ranks ranks, double epsilon, const Maybe& schedule,
                          int64_t n_sample, int64_t law, bool dense, int64_t first_row, int64_t first_class) {
     const Device device(scores);
-    Request r = request(device, scores, seed, ranks, epsilon, schedule, n_sample, law, dense);
+    Request r = request(device, scores, Noise{seed, ranks, epsilon, schedule, n_sample, law, dense});
     Search& p = r.search;
     STD_TORCH_CHECK(first_class >= 0 && first_class < (int64_t(1) << 31) - p.n_classes,
                     "class ids must be in [0, 2**31 - 1), got ", first_class, " for the first of ", p.n_classes);
@@ -101,7 +111,7 @@ struct Ops {
                      int64_t n_sample, int64_t law, bool dense, const Maybe& target, int64_t ignore_index,
                      bool exclude_target) {
     const Device device(scores);
-    Request r = request(device, scores, seed, ranks, epsilon, schedule, n_sample, law, dense);
+    Request r = request(device, scores, Noise{seed, ranks, epsilon, schedule, n_sample, law, dense});
     Search& p = r.search;
     if (target) {
       r.target = checked(device, *target, "target", ScalarType::Long, {p.n_rows});

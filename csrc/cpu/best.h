@@ -2,8 +2,10 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 #include <utility>
 
+#include "../order.h"
 #include "kernel.h"
 #include "simd.h"
 
@@ -11,41 +13,21 @@ namespace topk_fast {
 namespace TOPK_FAST_ISA {
 
 template <class S>
-struct Ordered;
-template <>
-struct Ordered<float> {
-  using Bits = int32_t;
-  using Key = int64_t;
-};
-template <>
-struct Ordered<double> {
-  using Bits = int64_t;
-  using Key = __int128;
-};
-template <class S>
-using Key = typename Ordered<S>::Key;
+using Key = std::conditional_t<sizeof(S) == 4, int64_t, __int128>;
 
 // Larger keys come first: value descending, then id ascending. -0 counts as +0; the last bit tells it.
 template <class S>
 static inline Key<S> key_of(S x, int32_t id) {
-  using Bits = typename Ordered<S>::Bits;
-  constexpr Bits kMost = std::numeric_limits<Bits>::max();
-  Bits b;
+  const auto order = ordered(x);
+  decltype(ordered(x)) b;
   memcpy(&b, &x, sizeof b);
-  const Bits minus_zero = b == -kMost - 1;
-  const Bits order = (b ^ (b >> (8 * sizeof b - 1) & kMost)) + minus_zero;
+  const bool minus_zero = b == std::numeric_limits<decltype(b)>::min();
   return (Key<S>)order * ((int64_t)1 << 32) + (uint32_t)((uint32_t)(0x7ffffffe - id) << 1 | (uint32_t)minus_zero);
 }
 
 template <class S>
 static inline S value_of(Key<S> key) {
-  using Bits = typename Ordered<S>::Bits;
-  constexpr Bits kMost = std::numeric_limits<Bits>::max();
-  const Bits order = (Bits)(key >> 32);
-  const Bits b = key & 1 ? -kMost - 1 : order ^ (order >> (8 * sizeof order - 1) & kMost);
-  S x;
-  memcpy(&x, &b, sizeof x);
-  return x;
+  return key & 1 ? -(S)0 : unordered((decltype(ordered(S())))(key >> 32));
 }
 
 template <class S>

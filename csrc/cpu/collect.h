@@ -5,6 +5,7 @@
 
 #include "best.h"
 #include "cut.h"
+#include "philox.h"
 
 namespace topk_fast {
 namespace TOPK_FAST_ISA {

@@ -26,6 +26,23 @@ struct Survivors {
   alignas(64) int32_t ids[kHeld + 64];
   alignas(64) S scores[kHeld + 64];
   alignas(64) int32_t places[kHeld + 64];  // among the rows that enter the lists
+
+  // Places from `at` on take a sample's hits among the words of the contenders from `start` on; returns their number.
+  int keep(int at, const uint32_t* from, const Tile<S>& tile, int start, uint32_t hits, int sample) {
+    const int passed = __builtin_popcount(hits);
+#if defined(TOPK_FAST_AVX512)
+    for (int j = 0; j < kLanes; ++j) places[at + j] = (counts[sample] + j) * kLists + sample;
+    append(from, hits, words + at), append(tile.ids + start, hits, ids + at);
+    append(tile.scores + start, hits, scores + at);
+#else
+    for (int place = counts[sample] * kLists + sample; hits; hits &= hits - 1, ++at, place += kLists) {
+      const int i = __builtin_ctz(hits);
+      words[at] = from[i], ids[at] = tile.ids[start + i], scores[at] = tile.scores[start + i], places[at] = place;
+    }
+#endif
+    counts[sample] += passed;
+    return passed;
+  }
 };
 
 // Noised scores s + (epsilon * z) of the n survivors, into a group's lists.
@@ -54,15 +71,11 @@ static void draw_group(const Row<T>& row, const Tile<S>& tile, int64_t group, co
   alignas(64) uint32_t words[4][kLanes];
   for (int i = 0; i < n; i += kLanes) {
     for (int list = 0; list < count; list += 4) {
-      philox_block(row.keys, (const uint32_t*)tile.ids + i, row.number, (uint32_t)(first + list) / 4, 0, kLanes,
-                   words[0], words[1], words[2], words[3]);
-      for (int l = list; l < count && l < list + 4; ++l) {
-        const uint32_t hits = hits_within(words[l - list], bounds + i);
-        for (int j = 0; j < kLanes; ++j) held.places[m + j] = (held.counts[l] + j) * kLists + l;
-        const int passed =
-            append(words[l - list], tile.ids + i, tile.scores + i, hits, held.words + m, held.ids + m, held.scores + m);
-        held.counts[l] += passed, m += passed;
-      }
+      const uint32_t quad = (uint32_t)(first + list) / 4;
+      philox_block(row.keys, Counters<uint32_t, uint32_t>{(const uint32_t*)tile.ids + i, row.number, quad, 0}, kLanes,
+                   words);
+      for (int l = list; l < count && l < list + 4; ++l)
+        m += held.keep(m, words[l - list], tile, i, hits_within(words[l - list], bounds + i), l);
     }
     if (m <= kHeld - kLists * kLanes && i + kLanes < n) continue;
     absorb<L>(row, held, m, group);
@@ -70,11 +83,11 @@ static void draw_group(const Row<T>& row, const Tile<S>& tile, int64_t group, co
   }
 }
 
-// Draws for the n ids of a tile, all samples, and the best of them into the lists; false where a score is NaN. A word
-// is looked at closely only where it can lift its contender to `reach`, which every sample's k-th best attains: known
-// from the second tile on, a guess in the first, which is drawn again if that was too high.
+// Draws for the ids of a tile, all samples, and the best of them into the lists; false where a score is NaN. A word is
+// looked at closely only where it can lift its contender to `reach`, which every sample's k-th best attains: known
+// once contenders were `drawn_before`, else a guess, after which the tile is drawn again if that was too high.
 template <class L, class T, class S>
-static bool draw(const Row<T>& row, Tile<S>& tile, int tile_n, bool first, Learned<S>& learned) {
+static bool draw(const Row<T>& row, Tile<S>& tile, int tile_n, int64_t drawn_before, Learned<S>& learned) {
   using V = Vector<S>;
   const S inf = (S)__builtin_inf();
   const int n = round_up(tile_n, kLanes);
@@ -86,6 +99,7 @@ static bool draw(const Row<T>& row, Tile<S>& tile, int tile_n, bool first, Learn
   if (!tile_n) return true;
   const float epsilon = bound_epsilon(row.p.epsilon);
   const S base = row.cut > -inf ? row.cut : 0;
+  const bool first = drawn_before == 0;
   S reach = first ? base + (learned.rise.mean - 2 * learned.rise.spread) : row.worst();
   for (;;) {
     alignas(64) int32_t bounds[kTileContenders + 64];

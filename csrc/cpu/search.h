@@ -16,6 +16,11 @@ namespace topk_fast {
 namespace TOPK_FAST_ISA {
 namespace {
 
+// A row and the samples [b0, b1) of it that are searched together.
+struct Item {
+  int64_t n, b0, b1;
+};
+
 // The contenders of a row into its lists; false where a score is NaN.
 template <class L, class T, class S>
 bool enter_contenders(Row<T>& row, Tile<S>& tile, Learned<S>& learned) {
@@ -25,7 +30,7 @@ bool enter_contenders(Row<T>& row, Tile<S>& tile, Learned<S>& learned) {
     bool nan = false;
     row.clear();
     collect(row, tile, [&](int n) {
-      nan = !draw<L>(row, tile, n, contenders == 0, learned);
+      nan = !draw<L>(row, tile, n, contenders, learned);
       contenders += n;
       return !nan;
     });
@@ -54,31 +59,25 @@ void finish_row(const Search& p, int64_t n, const S* picked) {
   for (int64_t i = 0; nan && i < p.n_sample * p.n_ranks; ++i) classes[i] = -2;
 }
 
-// The results of a row's samples [b0, b1): all k best, or what its ranks pick.
+// The results of an item: all k best, or what its ranks pick; NaN where `lists` is null.
 template <class T, class S>
-void write(const Job& job, int64_t n, int64_t b0, int64_t b1, const Key<S>* lists, bool nan, S* picked) {
+void write(const Job& job, const Item& item, const Key<S>* lists, S* picked) {
   const Search& p = job.p;
-  if (job.n_split > 1) picked = (S*)job.picked + n * p.n_sample * p.n_ranks;
-  const S none = (S)__builtin_nan("");
-  for (int64_t b = b0; b < b1; ++b) {
-    const Key<S>* list = lists + (b - b0) / kLists * kLists * p.k + (b - b0) % kLists;
-    if (!p.n_ranks) {
-      S* values = (S*)p.values + (n * p.n_sample + b) * p.k;
-      int64_t* classes = p.classes + (n * p.n_sample + b) * p.k;
-      for (int64_t i = 0; i < p.k; ++i) {
-        values[i] = nan ? none : value_of<S>(list[i * kLists]);
-        classes[i] = nan ? -2 : class_of<S>(list[i * kLists]);
-      }
-    }
-    for (int m = 0; m < p.n_ranks; ++m) {
-      int64_t i = p.ranks[m] - 1;
-      if (p.exclude_target) {  // the true class pushes the others back where it stands among the entries before
+  const int64_t n = item.n, entries = p.n_ranks ? p.n_ranks : p.k;
+  S* values = p.n_ranks ? picked : (S*)p.values + n * p.n_sample * p.k;
+  if (p.n_ranks && job.n_split > 1) values = (S*)job.picked + n * p.n_sample * p.n_ranks;
+  for (int64_t b = item.b0; b < item.b1; ++b) {
+    const int64_t sample = b - item.b0;
+    const Key<S>* list = lists ? lists + sample / kLists * kLists * p.k + sample % kLists : nullptr;
+    for (int64_t m = 0; m < entries; ++m) {
+      int64_t i = p.n_ranks ? p.ranks[m] - 1 : m;
+      if (list && p.exclude_target) {  // the true class pushes back the others that come after it
         bool ahead = false;
         for (int64_t j = 0; j < i; ++j) ahead |= class_of<S>(list[j * kLists]) == p.target[n];
         i -= !ahead;
       }
-      picked[b * p.n_ranks + m] = nan ? none : value_of<S>(list[i * kLists]);
-      p.classes[(n * p.n_sample + b) * p.n_ranks + m] = class_of<S>(list[i * kLists]);
+      values[b * entries + m] = list ? value_of<S>(list[i * kLists]) : (S)__builtin_nan("");
+      p.classes[(n * p.n_sample + b) * entries + m] = list ? class_of<S>(list[i * kLists]) : -2;
     }
   }
   if (p.n_ranks && job.n_split == 1) finish_row<T>(p, n, picked);
@@ -107,31 +106,29 @@ void search_items(const Job& job, int64_t begin, int64_t end, void* workspace) {
     const auto each = [&](auto do_item) {
       for (int64_t i = 0; i < items; ++i) {
         const int64_t n = (first + i) / job.n_split, b0 = (first + i) % job.n_split * job.samples_per_split;
-        if (p.target && p.target[n] == p.ignore_index) {
-          if (b0 == 0) write_ignored(p, n);
-          continue;
-        }
-        do_item(i, n, b0, b0 + job.samples_per_split < p.n_sample ? b0 + job.samples_per_split : p.n_sample);
+        const int64_t b1 = b0 + job.samples_per_split < p.n_sample ? b0 + job.samples_per_split : p.n_sample;
+        if (!p.target || p.target[n] != p.ignore_index)
+          do_item(i, Item{n, b0, b1});
+        else if (b0 == 0)
+          write_ignored(p, n);
       }
     };
     int walking = 0;
-    each([&](int64_t i, int64_t n, int64_t b0, int64_t b1) {
-      const T* scores = (const T*)p.scores + n * p.row_stride;
-      Row<T> row{p, philox_keys, scores, (uint32_t)(p.first_row + n), b0, b1, lists + i * keys, 0};
+    each([&](int64_t i, const Item& item) {
+      const T* scores = (const T*)p.scores + item.n * p.row_stride;
+      Row<T> row{p, philox_keys, scores, (uint32_t)(p.first_row + item.n), item.b0, item.b1, lists + i * keys, 0};
       row.cut = cut_of(p, scores, learned.cut);
       nan[i] = !enter_contenders<L>(row, tile, learned);
       if (nan[i] || !(row.cut > -(S)__builtin_inf())) return;
-      for (int64_t b = 0; b < b1 - b0; ++b) {
-        walkers[walking++] = {scores, row.cut, row.number, (uint32_t)(b0 + b), row.list(b)};
+      for (int64_t b = item.b0; b < item.b1; ++b) {
+        walkers[walking++] = {scores, row.cut, row.number, (uint32_t)b, row.list(b - item.b0)};
         if (walking < kWalkers) continue;
         walk<L>(p, philox_keys, walkers, walking);
         walking = 0;
       }
     });
     walk<L>(p, philox_keys, walkers, walking);
-    each([&](int64_t i, int64_t n, int64_t b0, int64_t b1) {
-      write<T>(job, n, b0, b1, lists + i * keys, nan[i], picked);
-    });
+    each([&](int64_t i, const Item& item) { write<T, S>(job, item, nan[i] ? nullptr : lists + i * keys, picked); });
   }
 }
 

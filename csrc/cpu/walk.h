@@ -7,6 +7,7 @@
 #include "../bounds.h"
 #include "../scalar.h"
 #include "best.h"
+#include "philox.h"
 
 namespace topk_fast {
 namespace TOPK_FAST_ISA {
@@ -89,8 +90,8 @@ static void walk(const Search& p, const Keys& keys, Walker<T>* walkers, int n) {
     }
     const int padded = round_up(calls, kLanes);
     for (int i = calls; i < padded; ++i) c0[i] = c1[i] = c2[i] = 0;
-    philox_block(keys, c0, (const uint32_t*)c1, (const uint32_t*)c2, 1 + (uint32_t)p.first_class, padded, words[0],
-                 words[1], words[2], words[3]);
+    philox_block(keys, Counters<const uint32_t*, const uint32_t*>{c0, c1, c2, 1 + (uint32_t)p.first_class}, padded,
+                 words);
     for (int i = 0; i < padded; i += Vector<float>::n) {
       store(gap<Wide>(Wide::load(words[0] + i)), gaps[0] + i);
       store(gap<Wide>(Wide::load(words[2] + i)), gaps[1] + i);
