@@ -34,7 +34,7 @@ def runs_of(report: dict, **wanted) -> list[dict]:
     return [r for r in report["runs"] if all(r[key] == value for key, value in wanted.items())]
 
 
-def test_runs(report: dict, data: str) -> dict[str, list[dict]]:
+def final_runs(report: dict, data: str) -> dict[str, list[dict]]:
     """The runs on the test rows of a data set, by loss."""
     return {loss: runs_of(report, stage="test", data=data, loss=loss) for loss in report["config"]["losses"]}
 

@@ -32,14 +32,14 @@ PYTOPK_ENTRIES = 2**28  # of noise; beyond them, a step of pytopk takes minutes 
 EXACT, REPETITIONS = 1_000_000, 40_000
 
 
-def row(length: int, true: float) -> tuple[Tensor, Tensor]:
+def make_row(length: int, true: float) -> tuple[Tensor, Tensor]:
     """N(0, 1) scores [1, length], of which class 0 is the true class and has the score `true`."""
     scores = torch.randn(1, length, generator=torch.Generator().manual_seed(0))
     scores[0, 0] = true
     return scores, torch.zeros(1, dtype=torch.long)
 
 
-def exact(scores: Tensor, samples: int, seed: int) -> tuple[Tensor, float, float]:
+def estimate_limit(scores: Tensor, samples: int, seed: int) -> tuple[Tensor, float, float]:
     """p [L], E v and the standard deviation of v, estimated from `samples` samples of a row's noised top-(K+1)."""
     rows, per_row = max(1, samples // 100), min(samples, 100)
     values, classes = functional.noised_topk_candidates(
@@ -50,18 +50,18 @@ def exact(scores: Tensor, samples: int, seed: int) -> tuple[Tensor, float, float
     return p, v.mean().item(), v.std().item()
 
 
-def true_score(activation: float, samples: int) -> float:
+def find_true_score(activation: float, samples: int) -> float:
     """The true class's score for which 1 + E v - s_y is `activation`.
 
     Fixed-point steps converge, since v depends little on s_y.
     """
     true = 2.0
     for _ in range(8):
-        true = 1 - activation + exact(row(LENGTH, true)[0], samples, seed=0)[1]
+        true = 1 - activation + estimate_limit(make_row(LENGTH, true)[0], samples, seed=0)[1]
     return true
 
 
-def gradients(scores: Tensor, target: Tensor, n_sample: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
+def draw_gradients(scores: Tensor, target: Tensor, n_sample: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
     """Gradients [repetitions, L] of one row's loss under independent noise, and the share of losses above 0."""
     leaf = scores.repeat(repetitions, 1).requires_grad_()
     loss = functional.bal_noised_topk_loss(
@@ -71,7 +71,7 @@ def gradients(scores: Tensor, target: Tensor, n_sample: int, repetitions: int, s
     return torch.autograd.grad(loss.sum(), leaf)[0].double(), share
 
 
-def moments(g: Tensor, limit: Tensor, excess: float) -> dict:
+def estimate_moments(g: Tensor, limit: Tensor, excess: float) -> dict:
     """Variance summed over classes; an unbiased estimate of the bias's squared length, with its standard error.
 
     excess: the share of that squared length which comes from the error of `limit` itself.
@@ -88,21 +88,21 @@ def moments(g: Tensor, limit: Tensor, excess: float) -> dict:
     return {"variance": variance, "bias_squared": product, "bias_squared_error": error.item() ** 0.5}
 
 
-def quality(samples: int, repetitions: int) -> list[dict]:
+def measure_quality(samples: int, repetitions: int) -> list[dict]:
     """Variance and bias of the gradient for each row and B."""
     out = []
     for name, wanted in ROWS.items():
-        scores, target = row(LENGTH, true_score(wanted, samples))
-        p, value, deviation = exact(scores, samples, seed=1)
+        scores, target = make_row(LENGTH, find_true_score(wanted, samples))
+        p, value, deviation = estimate_limit(scores, samples, seed=1)
         activation, error = 1 + value - scores[0, 0].item(), deviation / samples**0.5
         # At the kink the activation has no sign; for large B the gradient tends to the mean of both sides.
-        gate = float(activation > 0) if wanted else 0.5
+        active = float(activation > 0) if wanted else 0.5
         side = p - torch.eye(LENGTH, dtype=torch.double)[0]
         unit = 1 - p.square().sum().item()
         case = {"row": name, "activation": activation, "activation_error": error, "unit_variance": unit}
         for seed, n_sample in enumerate(SAMPLES, 2):
-            g, share = gradients(scores, target, n_sample, repetitions, seed)
-            found = moments(g, gate * side, gate**2 * unit / samples)
+            g, share = draw_gradients(scores, target, n_sample, repetitions, seed)
+            found = estimate_moments(g, active * side, active**2 * unit / samples)
             # The error of a moves the share of active hinges; their argument is nearly normal.
             width = deviation / n_sample**0.5
             moved = error * math.exp(-0.5 * (activation / width) ** 2) / (width * (2 * math.pi) ** 0.5)
@@ -111,9 +111,9 @@ def quality(samples: int, repetitions: int) -> list[dict]:
     return out
 
 
-def second_of_variance(n: int, length: int, repeats: int, seconds: float) -> list[dict]:
+def measure_steps(n: int, length: int, repeats: int, seconds: float) -> list[dict]:
     """The mean variance of a row's gradient and the time of a step for each B, with topk_fast and with pytopk."""
-    scores, target = harness.scores_of("normal", n, length, "float32", "cpu")
+    scores, target = harness.make_scores("normal", n, length, "float32", "cpu")
     losses = {}
     for b in SAMPLES:
         losses["topk_fast", b] = lambda s, t, b=b: functional.bal_noised_topk_loss(s, t, K, EPSILON, b)
@@ -121,25 +121,25 @@ def second_of_variance(n: int, length: int, repeats: int, seconds: float) -> lis
             losses["pytopk", b] = pytopk.BalNoisedTopK(K, EPSILON, b)
     for b in SAMPLES:
         harness.gate({name: f for (name, at), f in losses.items() if at == b}, scores, target, K, b, EPSILON)
-    steps = {key: [lambda f=f: harness.step(f, scores, target)] for key, f in losses.items()}
-    samples, _ = harness.interleaved(steps, "cpu", repeats, seconds)
+    steps = {key: [lambda f=f: harness.take_step(f, scores, target)] for key, f in losses.items()}
+    samples, _ = harness.sample_in_turn(steps, "cpu", repeats, seconds)
     out = []
     for (name, b), times in samples.items():
-        variance = torch.stack([_gradient(losses[name, b], scores, target) for _ in range(8)]).var(0).sum(1)
+        variance = torch.stack([_take_gradients(losses[name, b], scores, target) for _ in range(8)]).var(0).sum(1)
         out.append(
             {"N": n, "L": length, "loss": name, "n_sample": b, "variance": variance.mean().item()}
-            | {"ms": harness.quartiles([t[0] for t in times])}
+            | {"ms": harness.compute_quartiles([t[0] for t in times])}
         )
     return out
 
 
-def _gradient(loss, scores: Tensor, target: Tensor) -> Tensor:
+def _take_gradients(loss, scores: Tensor, target: Tensor) -> Tensor:
     """The gradient of each row's own loss, from one step."""
-    harness.step(loss, scores, target)
+    harness.take_step(loss, scores, target)
     return scores.grad.double() * len(target)
 
 
-def differences(length: int = 300, n: int = 12) -> list[dict]:
+def compare_differences(length: int = 300, n: int = 12) -> list[dict]:
     """The largest differences of analytic and central-difference gradients in float64, with a fixed seed, by case."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(n, length, generator=generator, dtype=torch.double)
@@ -178,11 +178,11 @@ def main():
     share = 100 if arguments.quick else 1
     report = {"environment": environment("cpu"), "k": K, "epsilon": EPSILON, "L": LENGTH}
     report |= {"exact_samples": EXACT // share, "repetitions": REPETITIONS // share}
-    report["gradcheck"] = differences()
-    report["quality"] = quality(EXACT // share, REPETITIONS // share)
+    report["gradcheck"] = compare_differences()
+    report["quality"] = measure_quality(EXACT // share, REPETITIONS // share)
     report["second"] = []
     for shape in tqdm(TIMED[:1] if arguments.quick else TIMED, unit="shape"):
-        report["second"] += second_of_variance(*shape, *((3, 0.2) if arguments.quick else (15, 4.0)))
+        report["second"] += measure_steps(*shape, *((3, 0.2) if arguments.quick else (15, 4.0)))
     if arguments.quick:
         for part in ("gradcheck", "quality", "second"):
             print(*report[part], sep="\n")

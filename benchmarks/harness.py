@@ -39,7 +39,7 @@ BRIEF = 0.1  # seconds; a shorter step would feel the caches of the previous can
 DRAWS = 8  # losses of each package whose means are compared
 
 
-def scores_of(kind: str, n: int, length: int, dtype: str, device: str) -> tuple[Tensor, Tensor]:
+def make_scores(kind: str, n: int, length: int, dtype: str, device: str) -> tuple[Tensor, Tensor]:
     """Scores [n, length], a leaf that requires a gradient, and a target [n]; the same in every call.
 
     Args:
@@ -75,7 +75,7 @@ def scores_of(kind: str, n: int, length: int, dtype: str, device: str) -> tuple[
     return scores.requires_grad_(), target
 
 
-def step(loss: Callable, scores: Tensor, target: Tensor) -> Tensor:
+def take_step(loss: Callable, scores: Tensor, target: Tensor) -> Tensor:
     """Forward and backward; earlier gradients are dropped."""
     scores.grad = None
     value = loss(scores, target)
@@ -83,7 +83,7 @@ def step(loss: Callable, scores: Tensor, target: Tensor) -> Tensor:
     return value
 
 
-def ours(device: str) -> list[str]:
+def list_own_backends(device: str) -> list[str]:
     """Our backends that are worth timing there: no interpreter, and the reference only if there is no other."""
     names = topk_fast.available_backends(device)
     return [name for name in names if name != "torch" and (device, name) != ("cpu", "triton")] or ["torch"]
@@ -110,9 +110,9 @@ def gate(
     left_out, overwriting, before = {}, set(), scores.detach().clone()
     for name, loss in losses.items():
         try:
-            value, reason = attempt(step, loss, scores, target)
+            value, reason = attempt(take_step, loss, scores, target)
         except Exception as error:
-            if name.startswith("topk_fast") or name in ours(scores.device.type):
+            if name.startswith("topk_fast") or name in list_own_backends(scores.device.type):
                 raise
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if reason:
@@ -131,7 +131,9 @@ def gate(
 
 def _check_equality(scores, target, k, n_sample, epsilon):
     device, results = scores.device.type, {}
-    for place, backend in [("cpu", "torch"), *(("cpu", b) for b in ours("cpu")), *((device, b) for b in ours(device))]:
+    places = [("cpu", name) for name in ("torch", *list_own_backends("cpu"))]
+    places += [(device, name) for name in list_own_backends(device)]
+    for place, backend in places:
         leaf = scores.to(place, copy=True).requires_grad_()
         value = bal_noised_topk_loss(
             leaf, target.to(place), k, epsilon, n_sample, seed=1, reduction="none", backend=backend
@@ -153,14 +155,15 @@ def _check_mean(pytopk, loss, scores, target):
 
 
 @lru_cache
-def larger_than_the_cache() -> Tensor:
+def make_large_buffer() -> Tensor:
+    """A tensor larger than the GPU's L2 cache, which is empty of other data once this is overwritten."""
     return torch.empty(2**28, dtype=torch.int8, device="cuda")
 
 
-def timed(passes: list[Callable], device: str, inner: int = 1, clock=time.process_time) -> list[float]:
+def time_passes(passes: list[Callable], device: str, inner: int = 1, clock=time.process_time) -> list[float]:
     """Milliseconds of each function, one after the other; each is the mean of ``inner`` runs in a row."""
     if device == "cuda":
-        larger_than_the_cache().zero_()
+        make_large_buffer().zero_()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(passes) + 1)]
         events[0].record()
         for run, event in zip(passes, events[1:]):
@@ -176,7 +179,7 @@ def timed(passes: list[Callable], device: str, inner: int = 1, clock=time.proces
     return [1e3 * (b - a) / inner for a, b in zip(stamps, stamps[1:])]
 
 
-def interleaved(
+def sample_in_turn(
     candidates: dict[str, list[Callable]],
     device: str,
     repeats: int,
@@ -200,7 +203,7 @@ def interleaved(
     """
     samples, plans, left_out = {}, {}, {}
     for name, passes in candidates.items():
-        ms, reason = attempt(timed, passes, device, 1, clock)
+        ms, reason = attempt(time_passes, passes, device, 1, clock)
         if reason:
             left_out[name] = reason
             continue
@@ -214,21 +217,21 @@ def interleaved(
         for name, (turns, inner, again) in plans.items():
             if turn <= turns:
                 if again:
-                    timed(candidates[name], device, 1, clock)
-                samples[name].append(timed(candidates[name], device, inner, clock))
+                    time_passes(candidates[name], device, 1, clock)
+                samples[name].append(time_passes(candidates[name], device, inner, clock))
     return samples, left_out
 
 
-def quartiles(values: list[float]) -> dict:
+def compute_quartiles(values: list[float]) -> dict:
     """Lower quartile, median, upper quartile, and the number of values."""
     return dict(zip(("lower", "median", "upper"), statistics.quantiles(values, n=4))) | {"repeats": len(values)}
 
 
-def copy_bandwidth() -> float:
+def measure_copy_bandwidth() -> float:
     """Bytes that a copy of 2 GiB on the GPU reads and writes in a second."""
     x = torch.empty(2**29, device="cuda")
     y = torch.empty_like(x)
-    times = [timed([lambda: y.copy_(x)], "cuda")[0] for _ in range(23)]
+    times = [time_passes([lambda: y.copy_(x)], "cuda")[0] for _ in range(23)]
     return 2 * x.numel() * 4 / (statistics.median(times[3:]) * 1e-3)
 
 

@@ -43,7 +43,7 @@ SEARCH = dict(k=5, epsilon=1.0, n_sample=5)
 PLAIN, OURS, SPARSE = "linear + cross-entropy", "topk_fast", "topk_fast, sparse_grad"
 
 
-def candidates() -> dict:
+def list_candidates() -> dict:
     """Losses of (x, weight, y) by name, as far as they are installed."""
     out = {
         PLAIN: lambda x, weight, y: F.cross_entropy(F.linear(x, weight), y),
@@ -65,7 +65,7 @@ def candidates() -> dict:
     return out
 
 
-def batch(N, D, L, dtype, exact=False):
+def make_batch(N, D, L, dtype, exact=False):
     """Features, weight and target, whose logits have standard deviation 1.
 
     With ``exact``, features and weight are small integers, whose matmul needs no rounding.
@@ -81,7 +81,7 @@ def batch(N, D, L, dtype, exact=False):
 
 def check_equality(N, D, L, dtype):
     """Raises unless the linear form has its logits' losses, bit for bit, and their gradients to a few roundings."""
-    x, weight, y = batch(16, D, L, dtype, exact=True)
+    x, weight, y = make_batch(16, D, L, dtype, exact=True)
     common = SEARCH | dict(seed=1, sampler="dense", reduction="none")
     results = []
     for loss in (
@@ -100,7 +100,7 @@ class Step:
     """Forward, backward and the optimizer's step of one candidate, each a pass of its own."""
 
     def __init__(self, name, x, weight, y, optimizer=None):
-        self.loss_of, self.x, self.weight, self.y = candidates()[name], x, weight, y
+        self.loss_of, self.x, self.weight, self.y = list_candidates()[name], x, weight, y
         self.optimizer, self.loss = optimizer, None
 
     def forward(self):
@@ -120,27 +120,27 @@ class Step:
 
 def measure(case, repeats: int) -> dict:
     """Quartiles of the milliseconds of each candidate's passes, or "out of memory"."""
-    x, weight, y = batch(**case)
+    x, weight, y = make_batch(**case)
     dense, sparse = torch.optim.Adam([weight], lr=1e-6), torch.optim.SparseAdam([weight], lr=1e-6)
-    steps = {name: Step(name, x, weight, y, sparse if name == SPARSE else dense) for name in candidates()}
+    steps = {name: Step(name, x, weight, y, sparse if name == SPARSE else dense) for name in list_candidates()}
     passes = {name: [step.forward, step.backward, step.update] for name, step in steps.items()}
     fitting = {}
     for name, step in steps.items():
-        if memory.attempt(harness.timed, passes[name], DEVICE)[1] is None:  # the first run warms up and compiles
+        if memory.attempt(harness.time_passes, passes[name], DEVICE)[1] is None:  # the first run warms up and compiles
             fitting[name] = passes[name]
         step.drop()
-    samples, _ = harness.interleaved(fitting, DEVICE, repeats, case_seconds=CASE_SECONDS)
+    samples, _ = harness.sample_in_turn(fitting, DEVICE, repeats, case_seconds=CASE_SECONDS)
     out = dict.fromkeys(passes, "out of memory")
     for name, rows in samples.items():
         forward, backward, update = zip(*rows)
         both = [a + b for a, b in zip(forward, backward)]
         series = dict(forward=forward, backward=backward, both=both, optimizer=update)
-        out[name] = {part: harness.quartiles(values) for part, values in series.items()}
+        out[name] = {part: harness.compute_quartiles(values) for part, values in series.items()}
     return out
 
 
-def memory_step(name, case, small):
-    step = Step(name, *batch(**(case | dict(N=4, D=16, L=300) if small else case)))
+def make_step(name, case, small):
+    step = Step(name, *make_batch(**(case | dict(N=4, D=16, L=300) if small else case)))
 
     def run():
         step.forward()
@@ -149,7 +149,7 @@ def memory_step(name, case, small):
     return run
 
 
-def line(result: dict) -> str:
+def describe(result: dict) -> str:
     """A result as text."""
     rows = ["N, D, L = {N}, {D}, {L}, {dtype}".format(**result)]
     for name, ms in result["ms"].items():
@@ -176,11 +176,11 @@ def main():
         repeats = 3 if arguments.quick else 30 if ON_GPU else max(5, 2_000_000 // case["L"])
         ms = measure(case, repeats)
         measured = [name for name in ms if isinstance(ms[name], dict)]
-        peaks = {name: memory.peak(memory_step, name, case, device=DEVICE) for name in measured}
+        peaks = {name: memory.measure_peak(make_step, name, case, device=DEVICE) for name in measured}
         report["cases"].append(case | {"ms": ms, "peak_bytes": peaks})
         if not arguments.quick:
             harness.write(path, report)
-        harness.tqdm.write(line(report["cases"][-1]))
+        harness.tqdm.write(describe(report["cases"][-1]))
 
 
 if __name__ == "__main__":

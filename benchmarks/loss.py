@@ -58,10 +58,10 @@ class Entry(NamedTuple):
     memory: tuple[str, ...] = ()
 
 
-def entries(which: str, device: str) -> list[Entry]:
+def list_entries(which: str, device: str) -> list[Entry]:
     """The cases of a set, "quick" or "full"."""
     if device == "cuda":
-        names = (*harness.ours("cuda"), *GPU_PEERS)
+        names = (*harness.list_own_backends("cuda"), *GPU_PEERS)
         return [
             Entry(group, Case(n, length, dtype=dtype, **variant), names, names)
             for group, variant in (GPU_VARIANTS[:1] if which == "quick" else GPU_VARIANTS)
@@ -95,8 +95,8 @@ def entries(which: str, device: str) -> list[Entry]:
     return [*goals, *kinds, *peers, *lengths, *samples, *ranks, *narrow]
 
 
-def candidates(device: str) -> dict[str, Peer]:
-    """The losses by name; on a GPU each of our backends is one."""
+def list_candidates(device: str) -> dict[str, Peer]:
+    """The losses by name, among which each of our backends is one on a GPU."""
     if device == "cpu":
         return PEERS
 
@@ -106,65 +106,63 @@ def candidates(device: str) -> dict[str, Peer]:
 
         return Peer(backend, make, f"this package's balanced loss, backend {backend}")
 
-    return PEERS | {backend: on(backend) for backend in harness.ours(device)}
+    return PEERS | {backend: on(backend) for backend in harness.list_own_backends(device)}
 
 
-def loss_of(name: str, case: Case, device: str):
-    loss = candidates(device)[name].make(case)
+def make_loss(name: str, case: Case, device: str):
+    loss = list_candidates(device)[name].make(case)
     return loss.to(device) if isinstance(loss, torch.nn.Module) else loss
 
 
-def batch(case: Case, device: str):
-    return harness.scores_of(case.scores, case.N, case.L, case.dtype, device)
+def make_batch(case: Case, device: str):
+    return harness.make_scores(case.scores, case.N, case.L, case.dtype, device)
 
 
-def one_step(name: str, case: Case, device: str, small: bool):
+def make_step(name: str, case: Case, device: str, small: bool):
     """The step whose peak memory is measured."""
     if small:
         case = Case(2, 200, case.k, case.n_sample, case.epsilon, case.dtype)
-    return partial(harness.step, loss_of(name, case, device), *batch(case, device))
+    return partial(harness.take_step, make_loss(name, case, device), *make_batch(case, device))
+
+
+def time_losses(entry: Entry, device: str, seconds: float) -> tuple[dict[str, dict], dict[str, str]]:
+    """Quartiles of the milliseconds of each loss, and the reasons why some losses are left out."""
+    case, left_out, losses = entry.case, {}, {}
+    for name in entry.names:
+        if reason := list_candidates(device)[name].fits(case, device):
+            left_out[name] = reason
+        else:
+            losses[name] = make_loss(name, case, device)
+    scores, target = make_batch(case, device)
+    failed, overwriting = harness.gate(losses, scores, target, case.k, case.n_sample, case.epsilon)
+    left_out |= failed
+    # Losses that overwrite their scores get a private copy; its values decay, but their time does not depend on them.
+    private = {name: scores.detach().clone().requires_grad_() for name in overwriting}
+    steps = {
+        name: [partial(harness.take_step, loss, private.get(name, scores), target)]
+        for name, loss in losses.items()
+        if name not in left_out
+    }
+    repeats = 200 if device == "cuda" else 15
+    samples, failed = harness.sample_in_turn(steps, device, repeats, seconds, 10 * seconds)
+    return {
+        name: harness.compute_quartiles([ms for (ms,) in rows]) for name, rows in samples.items()
+    }, left_out | failed
 
 
 def measure(entry: Entry, device: str, seconds: float) -> dict:
     """The entry's part of the result."""
-    case, left_out, losses = entry.case, {}, {}
-    for name in entry.names:
-        if reason := candidates(device)[name].fits(case, device):
-            left_out[name] = reason
-        else:
-            losses[name] = loss_of(name, case, device)
-    scores, target = batch(case, device)
-    failed, overwriting = harness.gate(losses, scores, target, case.k, case.n_sample, case.epsilon)
-    left_out |= failed
-    # Losses that overwrite their scores get a private copy; its values decay, but their time does not depend on them.
-    steps = {
-        name: [
-            partial(
-                harness.step, f, scores.detach().clone().requires_grad_() if name in overwriting else scores, target
-            )
-        ]
-        for name, f in losses.items()
-        if name not in left_out
-    }
-    repeats = 200 if device == "cuda" else 15
-    samples, failed = harness.interleaved(steps, device, repeats, seconds, 10 * seconds)
-    del scores, steps
-    left_out |= failed
+    ms, left_out = time_losses(entry, device, seconds)
     no_memory = NO_MEMORY if device == "cpu" else ()
-    return {
-        "group": entry.group,
-        **vars(case),
-        "ms": {name: harness.quartiles([ms for (ms,) in values]) for name, values in samples.items()},
-        "left_out": left_out,
-        "peak_bytes": {
-            name: memory.peak(one_step, name, case, device, device=device)
-            for name in entry.memory
-            if name in samples and name not in no_memory
-        },
+    peaks = {
+        name: memory.measure_peak(make_step, name, entry.case, device, device=device)
+        for name in entry.memory
+        if name in ms and name not in no_memory
     }
+    return {"group": entry.group, **vars(entry.case), "ms": ms, "left_out": left_out, "peak_bytes": peaks}
 
 
-def line(result: dict) -> str:
+def describe(result: dict) -> str:
     """A result as text."""
     ms = ", ".join(f"{name} {value['median']:.4g}" for name, value in result["ms"].items())
     case = " ".join(f"{key}={result[key]}" for key in ("N", "L", "k", "n_sample", "epsilon", "dtype", "scores"))
@@ -175,14 +173,15 @@ def line(result: dict) -> str:
     return text + "".join(f"\n  {name} left out: {reason}" for name, reason in result["left_out"].items())
 
 
-def once(device: str):
+def run_once(device: str):
     """Runs one step of our backends for each shape and dtype, for a profiler."""
     for n, length in GPU_SHAPES if device == "cuda" else GOAL_SHAPES:
         for dtype in ("float32", "bfloat16"):
             case = Case(n, length, dtype=dtype)
-            scores, target = batch(case, device)
-            for name in harness.ours(device):
-                harness.step(topk_fast.BalNoisedTopK(case.k, case.epsilon, case.n_sample, backend=name), scores, target)
+            scores, target = make_batch(case, device)
+            for name in harness.list_own_backends(device):
+                loss = topk_fast.BalNoisedTopK(case.k, case.epsilon, case.n_sample, backend=name)
+                harness.take_step(loss, scores, target)
 
 
 def main(argv: list[str] | None = None):
@@ -200,19 +199,19 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a GPU that torch.cuda sees")
-    known = candidates(args.device)
+    known = list_candidates(args.device)
     if unknown := set(args.peers or ()) - set(known):
         parser.error(f"unknown peers {sorted(unknown)}; there are {', '.join(known)}")
     torch.set_num_threads(1)
     if args.once:
-        return once(args.device)
-    todo = entries(args.set, args.device)
+        return run_once(args.device)
+    todo = list_entries(args.set, args.device)
     if any(entry.case.scores == "species" for entry in todo):
-        harness.scores_of("species", *SPECIES, "float32", args.device)  # a missing file raises now, not halfway
+        harness.make_scores("species", *SPECIES, "float32", args.device)  # a missing file raises now, not halfway
     path, report = args.out, {"environment": environment(args.device), "goals": GOALS}
     if args.device == "cuda":
         path = path or Path(os.environ.get("OUT", ROOT / "out")) / "gpu.json"
-        report["copy_bytes_per_second"] = harness.copy_bandwidth()
+        report["copy_bytes_per_second"] = harness.measure_copy_bandwidth()
     else:
         memory.limit()
         whole = args.set == "full" and not args.peers
@@ -227,12 +226,12 @@ def main(argv: list[str] | None = None):
         if args.device == "cuda":
             floor = 2 * entry.case.N * entry.case.L * getattr(torch, entry.case.dtype).itemsize
             floor_ms = 1e3 * floor / report["copy_bytes_per_second"]
-            own = [name for name in harness.ours("cuda") if name in result["ms"]]
+            own = [name for name in harness.list_own_backends("cuda") if name in result["ms"]]
             result["share_of_copy_bandwidth"] = {name: floor_ms / result["ms"][name]["median"] for name in own}
         report["cases"].append(result)
         if path is not None:
             harness.write(path, report)
-        harness.tqdm.write(line(result))
+        harness.tqdm.write(describe(result))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def limit():
     resource.setrlimit(resource.RLIMIT_DATA, (free, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def peak(make: Callable, *args, device: str) -> int:
+def measure_peak(make: Callable, *args, device: str) -> int:
     """Bytes that a step takes at its peak beyond its inputs, gradients included; on a CPU, a new process measures it.
 
     Args:
@@ -45,10 +45,10 @@ def peak(make: Callable, *args, device: str) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "topk_fast"])  # new processes have them from the start
     with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_peak, make, args).result()
+        return pool.submit(_measure_peak_here, make, args).result()
 
 
-def _peak(make, args) -> int:
+def _measure_peak_here(make, args) -> int:
     torch.set_num_threads(1)
     make(*args, small=True)()  # libraries that the first call loads do not count
     run = make(*args, small=False)

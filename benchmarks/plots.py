@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from benchmarks.committed import ablation_runs, bias_is_seen, digest, median, result, spread, test_runs
+from benchmarks.committed import ablation_runs, bias_is_seen, digest, final_runs, median, result, spread
 from benchmarks.study import BALANCED, IMBALANCED
 from benchmarks.study.tables import SETTING_NAMES
 from benchmarks.style import COLOURS, GREY, MARKERS, save_svg
@@ -78,7 +78,7 @@ def study(figure) -> None:
     report = result("study")
     sets, losses = list(report["config"]["data"]), list(report["config"]["losses"])
     for axes, data in zip(figure.subplots(1, len(sets), sharey=True), sets):
-        for place, runs in enumerate(reversed(test_runs(report, data).values())):
+        for place, runs in enumerate(reversed(final_runs(report, data).values())):
             for shift, (metric, colour, marker) in enumerate(TOPS):
                 value, error = spread(runs, metric)
                 label = metric if place == 0 else None

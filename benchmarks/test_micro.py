@@ -36,7 +36,7 @@ def batches():
     """Scores and target by shape, after the gate has found equal bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    out = {shape: harness.scores_of("normal", *shape, "float32", "cpu") for shape in SHAPES}
+    out = {shape: harness.make_scores("normal", *shape, "float32", "cpu") for shape in SHAPES}
     for scores, target in out.values():
         harness.gate(LOSSES, scores, target, K, N_SAMPLE, EPSILON)
     yield out
@@ -55,7 +55,7 @@ def test_loss(benchmark, batches, part, shape, name):
         value = loss(scores, target)
         benchmark(torch.autograd.grad, value, scores, retain_graph=True)
     else:
-        value = benchmark(harness.step, loss, scores, target)
+        value = benchmark(harness.take_step, loss, scores, target)
     assert value.isfinite()
 
 

@@ -5,7 +5,7 @@ from statistics import mean
 
 from scipy.stats import ttest_1samp
 
-from benchmarks.committed import ablation_runs, result, spread, test_runs
+from benchmarks.committed import ablation_runs, final_runs, result, spread
 from benchmarks.markdown import grid
 from benchmarks.study import BALANCED, IMBALANCED
 
@@ -40,7 +40,7 @@ def accuracy_cells(runs: dict[str, list[dict]], metric: str) -> dict[str, str]:
 def study_table(metrics: list[str], data: str) -> str:
     """Test figures of each loss on a data set."""
     report = result("study")
-    runs = test_runs(report, data)
+    runs = final_runs(report, data)
     metrics = [m for m in metrics if m not in SHOTS or data in LONG_TAILED]
     columns = [accuracy_cells(runs, m) for m in metrics]
     rows = []
@@ -70,7 +70,7 @@ def settings_table() -> str:
     report = result("study")
     rows = []
     for data in report["config"]["data"]:
-        for loss, runs in test_runs(report, data).items():
+        for loss, runs in final_runs(report, data).items():
             settings = runs[0]["settings"]
             text = ", ".join(f"{key} = {value:g}" for key, value in settings.items() if key not in ("k", "n_sample"))
             rows.append([data, loss, text])

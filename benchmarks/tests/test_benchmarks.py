@@ -25,7 +25,7 @@ NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 
 def scores_and_target(kind="normal"):
-    return harness.scores_of(kind, CASE.N, CASE.L, CASE.dtype, "cpu")
+    return harness.make_scores(kind, CASE.N, CASE.L, CASE.dtype, "cpu")
 
 
 # Scores
@@ -36,7 +36,7 @@ def test_scores_are_leaves_and_the_same_each_time(kind):
     (scores, target), (again, same) = scores_and_target(kind), scores_and_target(kind)
     assert scores.shape == (64, 100) and target.shape == (64,) and scores.is_leaf and scores.requires_grad
     assert torch.equal(scores, again) and torch.equal(target, same) and 0 <= target.min() and target.max() < 100
-    assert harness.scores_of(kind, 2, 9, "bfloat16", "cpu")[0].dtype == torch.bfloat16
+    assert harness.make_scores(kind, 2, 9, "bfloat16", "cpu")[0].dtype == torch.bfloat16
 
 
 def test_what_each_kind_claims():
@@ -52,18 +52,18 @@ def test_what_each_kind_claims():
 def test_species_come_from_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(harness, "SPECIES", tmp_path / "logits.pt")
     with pytest.raises(FileNotFoundError, match="examples/all_species.py --losses cross-entropy --save-logits"):
-        harness.scores_of("species", 2, 5, "float32", "cpu")
+        harness.make_scores("species", 2, 5, "float32", "cpu")
     logits, target = torch.randn(3, 5).half(), torch.tensor([4, 0, 2])
     torch.save({"logits": logits, "target": target}, harness.SPECIES)
-    scores, labels = harness.scores_of("species", 2, 5, "float32", "cpu")
+    scores, labels = harness.make_scores("species", 2, 5, "float32", "cpu")
     assert torch.equal(scores.detach(), logits[:2].float()) and scores.requires_grad and labels.tolist() == [4, 0]
     with pytest.raises(ValueError, match="3 rows of 5 classes, asked for 2 of 6"):
-        harness.scores_of("species", 2, 6, "float32", "cpu")
+        harness.make_scores("species", 2, 6, "float32", "cpu")
 
 
 def test_unknown_kind():
     with pytest.raises(ValueError, match="got 'lumpy'"):
-        harness.scores_of("lumpy", 2, 5, "float32", "cpu")
+        harness.make_scores("lumpy", 2, 5, "float32", "cpu")
 
 
 # The gate
@@ -82,7 +82,7 @@ def test_gate_lets_right_losses_pass(kind):
 def test_gate_sees_one_bit(monkeypatch, part):
     """A backend whose first loss, or gradient, is one unit in the last place off."""
     right = harness.bal_noised_topk_loss
-    if harness.ours("cpu") == ["torch"]:
+    if harness.list_own_backends("cpu") == ["torch"]:
         pytest.skip("the C++ kernels are not built: there is only one backend")
 
     def wrong(scores, *args, backend, **kwargs):
@@ -144,7 +144,7 @@ def too_large(*_):
 
 def test_too_large_is_left_out():
     assert gate({"good": F.cross_entropy, "large": too_large}) == {"large": "out of memory"}
-    _, left_out = harness.interleaved({"large": [too_large]}, "cpu", 3)
+    _, left_out = harness.sample_in_turn({"large": [too_large]}, "cpu", 3)
     assert left_out == {"large": "out of memory"}
 
 
@@ -171,7 +171,7 @@ class Steps:
         return run
 
     def interleaved(self, **options):
-        return harness.interleaved(self.candidates, "cpu", clock=lambda: self.now, **options)
+        return harness.sample_in_turn(self.candidates, "cpu", clock=lambda: self.now, **options)
 
 
 def test_samples_are_in_turn_and_right():
@@ -202,13 +202,13 @@ def test_a_case_ends_when_its_time_is_spent():
 def test_passes_that_need_each_other_run_once_each():
     steps = Steps()
     passes = [steps.one("forward", 0.25), steps.one("backward", 0.5)]
-    samples, _ = harness.interleaved({"a": passes}, "cpu", 3, 1000, clock=lambda: steps.now)
+    samples, _ = harness.sample_in_turn({"a": passes}, "cpu", 3, 1000, clock=lambda: steps.now)
     assert samples == {"a": 3 * [[250.0, 500.0]]} and steps.ran == 4 * ["forward", "backward"]
 
 
 def test_quartiles():
-    assert harness.quartiles([3.0, 1.0, 2.0]) == {"lower": 1.0, "median": 2.0, "upper": 3.0, "repeats": 3}
-    values = harness.quartiles([float(i) for i in range(1, 12)])
+    assert harness.compute_quartiles([3.0, 1.0, 2.0]) == {"lower": 1.0, "median": 2.0, "upper": 3.0, "repeats": 3}
+    values = harness.compute_quartiles([float(i) for i in range(1, 12)])
     assert values == {"lower": 3.0, "median": 6.0, "upper": 9.0, "repeats": 11}
 
 
@@ -222,7 +222,7 @@ def hold(small):
 @NEEDS_PROC
 def test_peak_memory_is_that_of_the_step():
     # Linux counts pages in batches.
-    assert 0.98 * 2**26 <= memory.peak(hold, device="cpu") <= 1.1 * 2**26
+    assert 0.98 * 2**26 <= memory.measure_peak(hold, device="cpu") <= 1.1 * 2**26
 
 
 @NEEDS_PROC
@@ -230,7 +230,8 @@ def test_peak_memory_of_losses():
     """At its peak a step of ours holds the gradient; cross-entropy's a logarithm of the scores' size too."""
     case, logits = Case(8, 500_000), 8 * 500_000 * 4
     peak = {
-        name: memory.peak(loss.one_step, name, case, "cpu", device="cpu") for name in ("topk_fast", "cross-entropy")
+        name: memory.measure_peak(loss.make_step, name, case, "cpu", device="cpu")
+        for name in ("topk_fast", "cross-entropy")
     }
     assert 0.95 * logits <= peak["topk_fast"] <= 1.5 * logits and peak["cross-entropy"] >= 1.9 * logits
 
@@ -269,13 +270,13 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("which", ["quick", "full"])
 def test_sets_name_known_losses(which, device):
-    known = loss.candidates(device)
-    for entry in loss.entries(which, device):
+    known = loss.list_candidates(device)
+    for entry in loss.list_entries(which, device):
         assert set(entry.names) <= set(known) and set(entry.memory) <= set(entry.names) and entry.names, entry
 
 
 def test_the_full_set_has_its_groups():
-    entries = loss.entries("full", "cpu")
+    entries = loss.list_entries("full", "cpu")
     groups = {entry.group for entry in entries}
     assert groups == {"goals", "length", "samples", "k", "scores", "peers", "dtype"}
     goals = [entry.case for entry in entries if entry.group == "goals"]
@@ -292,7 +293,7 @@ def tiny(monkeypatch):
         loss.Entry("goals", Case(4, 50, n_sample=2), ("topk_fast", "cross-entropy", "pytopk", "Liger"), ("topk_fast",)),
         loss.Entry("length", Case(2, 70, dtype="bfloat16"), ("topk_fast", "cross-entropy")),
     ]
-    monkeypatch.setattr(loss, "entries", lambda which, device: entries)
+    monkeypatch.setattr(loss, "list_entries", lambda which, device: entries)
     monkeypatch.setattr(memory, "limit", lambda: None)
     return entries
 
@@ -340,10 +341,14 @@ def test_peers_can_be_chosen(tiny, tmp_path):
 def test_a_step_of_each_shape_for_a_profiler(monkeypatch):
     seen = []
     monkeypatch.setattr(loss, "GOAL_SHAPES", [(3, 20), (2, 30)])
-    monkeypatch.setattr(harness, "step", lambda f, scores, target: seen.append((type(f), len(scores), scores.dtype)))
+    monkeypatch.setattr(
+        harness, "take_step", lambda f, scores, target: seen.append((type(f), len(scores), scores.dtype))
+    )
     loss.main(["--once"])
     dtypes = (torch.float32, torch.bfloat16)
-    assert seen == [(BalNoisedTopK, n, dtype) for n in (3, 2) for dtype in dtypes for _ in harness.ours("cpu")]
+    assert seen == [
+        (BalNoisedTopK, n, dtype) for n in (3, 2) for dtype in dtypes for _ in harness.list_own_backends("cpu")
+    ]
 
 
 def test_linear_keeps_the_form_of_its_result():
@@ -567,7 +572,7 @@ def test_make_gpu_needs_few_packages():
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))\n"
         "from benchmarks import gpu, loss, linear\n"
-        "print(len(loss.entries('full', 'cuda')))\n"
+        "print(len(loss.list_entries('full', 'cuda')))\n"
         "import pytest\n"
         "plugins = ['-p', 'pytest_benchmark.plugin', '-p', 'no:cacheprovider']\n"
         "raise SystemExit(pytest.main(['--collect-only', '-m', 'not host', *plugins, *gpu.TESTS]))"
