@@ -80,7 +80,7 @@ def summary(output: str) -> str:
 
 @contextmanager
 def heeding_interrupts():
-    """Lets processes that start here be interrupted; in a shell's background job they would inherit to ignore it."""
+    """Lets the processes that start here be interrupted, which a shell's background job would not."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler does not outlive exec
     yield
     signal.signal(signal.SIGINT, before)

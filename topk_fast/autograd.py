@@ -2,8 +2,8 @@ r"""Derivatives of the search, any number of times.
 
 .. math:: \frac{\partial e_m}{\partial s_j} = \frac{\#\{b : c_{b,m} = j\}}{B} - [j = y]
 
-The class ids c alone are kept for the backward. They are constant between the points where two noised scores change
-ranks, so that the gradient is linear in what comes in, and has no derivative in the scores.
+Only the class ids c are kept for the backward. They are constant between the points where two noised scores change
+ranks, so that the gradient of the scores is linear in the incoming gradient and has no derivative in the scores.
 """
 
 import torch
@@ -97,7 +97,7 @@ def differentiable_excess(search: Search) -> Tensor:
 
 
 class _HingeLoss(Function):
-    """Scores to reduced losses in one node of the graph: separate nodes for the link cost a third of a small step."""
+    """Scores to reduced losses in one node of the graph: separate nodes for the link make a small step slower."""
 
     @staticmethod
     def forward(ctx, scores, search, hinge):
@@ -105,12 +105,10 @@ class _HingeLoss(Function):
         with torch._C._AutoDispatchBelowAutograd():
             excess, classes = _excess(search)
             each = hinge.losses(excess, search.labels)
-            n_valid = losses.count_valid(search.labels) if hinge.reduction == "mean" else None
+            n_valid = hinge.count_valid(search.labels)
         _keep(ctx, search, classes, each, n_valid)
         ctx.hinge = hinge
-        if hinge.reduction == "none":
-            return each
-        return each.sum() if n_valid is None else each.sum() / n_valid
+        return losses.reduce_losses(each, n_valid, hinge.reduction)
 
     @staticmethod
     def backward(ctx, grad):

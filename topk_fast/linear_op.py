@@ -109,10 +109,7 @@ class _LinearExcess(Function):
 
     @staticmethod
     def forward(rows, weight, bias, search):
-        if search.shards is not None:
-            return _excess(search._replace(rows=rows, weight=weight, bias=bias))
-        op = ops.kernel("linear_excess", search.backend)
-        return op(rows, weight, bias, *search.noise, *search.labels, *search.layer)
+        return _excess(search._replace(rows=rows, weight=weight, bias=bias))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -170,8 +167,7 @@ def linear_excess(search: LinearSearch) -> Tensor:
 
 
 def _apply_outside_of_graphs(*args):
-    """`_LinearExcess` where torch.compile traces: the graph breaks before it, and a full graph raises with the
-    reason."""
+    """Runs `_LinearExcess` where torch.compile traces: the graph breaks before it, and a full graph says why."""
     return torch.compiler.disable(_apply)(*args)
 
 

@@ -31,7 +31,11 @@ class Hinge(NamedTuple):
 
     def reduced(self, excess: Tensor, labels: Labels) -> Tensor:
         """The losses' reduction, or the losses themselves."""
-        return reduce_losses(self.losses(excess, labels), labels, self.reduction)
+        return reduce_losses(self.losses(excess, labels), self.count_valid(labels), self.reduction)
+
+    def count_valid(self, labels: Labels) -> Tensor | None:
+        """The number of rows that are not ignored, without dimensions, where the reduction divides by it."""
+        return (labels.target != labels.ignore_index).sum() if self.reduction == "mean" else None
 
     def tensors(self, labels: Labels) -> dict[str, Tensor]:
         """What ranks that share the classes must have in common, besides `facts`."""
@@ -51,16 +55,11 @@ class Hinge(NamedTuple):
         return slope if self.scale == 1.0 else slope * self.scale
 
 
-def count_valid(labels: Labels) -> Tensor:
-    """The number of rows that are not ignored, without dimensions."""
-    return (labels.target != labels.ignore_index).sum()
-
-
-def reduce_losses(losses: Tensor, labels: Labels, reduction: str) -> Tensor:
-    """The losses themselves for "none", their sum, or their mean over the rows that are not ignored."""
+def reduce_losses(losses: Tensor, n_valid: Tensor | None, reduction: str) -> Tensor:
+    """The losses themselves for "none", their sum, or their mean over the ``n_valid`` rows that are not ignored."""
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / count_valid(labels)
+    return losses.sum() if n_valid is None else losses.sum() / n_valid
 
 
 def make_margins(counts: list[float], max_m: float, device: torch.device | None) -> Tensor:

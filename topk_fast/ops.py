@@ -104,10 +104,10 @@ for _name, _kernel in _REFERENCE.items():
 
 
 def checked_labels(target: Tensor, n_classes: int, ignore_index: int) -> Tensor:
-    """``target``, or an IndexError that names a wrong label; in compiled and exported code the error of an op of its
-    own.
+    """``target``, or an IndexError that names a wrong label.
 
-    A GPU, for which nothing waits, stops by itself, as in torch's own losses.
+    In compiled and exported code an op of its own raises it. A GPU, for which nothing waits, stops by itself, as in
+    torch's own losses.
     """
     if torch.compiler.is_compiling():
         return torch.ops.topk_fast.checked_labels(target, n_classes, ignore_index)
@@ -116,9 +116,8 @@ def checked_labels(target: Tensor, n_classes: int, ignore_index: int) -> Tensor:
 
 
 def _check_labels(target, n_classes, ignore_index):
-    known = ((target == ignore_index) | ((target >= 0) & (target < n_classes))).all()
     try:
-        torch._assert_async(known, "target out of bounds")
+        reference.assert_known(target, n_classes, ignore_index)
     except RuntimeError:  # at once on the CPU
         checks.check_labels(target, n_classes, ignore_index)
         raise

@@ -208,8 +208,7 @@ def excess(scores: Tensor, wanted: Noise, labels: Labels) -> tuple[Tensor, Tenso
     """
     true_score = None
     if labels.target is not None:
-        known = (labels.target >= 0) & (labels.target < scores.shape[1]) | (labels.target == labels.ignore_index)
-        torch._assert_async(known.all(), "target out of bounds")
+        assert_known(labels.target, scores.shape[1], labels.ignore_index)
         true_score = own_scores(scores, labels.target, 0)
     return excess_of(*candidates(scores, wanted), true_score, wanted.ranks, labels)
 
@@ -242,6 +241,12 @@ def excess_of(
         result = result.masked_fill(ignored[:, None], 0.0)
         classes = classes.masked_fill(ignored[:, None, None], -1)
     return result, classes
+
+
+def assert_known(target: Tensor, n_classes: int, ignore_index: int) -> None:
+    """Raises on the CPU, and stops a GPU without waiting for it, where a label is neither a class nor ignored."""
+    known = (target == ignore_index) | ((target >= 0) & (target < n_classes))
+    torch._assert_async(known.all(), "target out of bounds")
 
 
 def own_scores(scores: Tensor, target: Tensor, first_class: int) -> Tensor:
