@@ -30,7 +30,7 @@ from data_sets import species
 from data_sets.dataset import Dataset, shuffle_within_classes
 from machine import PeakMemory, environment
 from report import table
-from topk_fast import LinearBalNoisedTopK
+from topk_fast import BalNoisedTopK, LinearHead
 from training import take_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,9 +95,8 @@ def train(
     hidden = nn.Sequential(nn.Linear(data.inputs.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.5))
     n_classes, (lr, lr_head) = len(data.classes), args.lr or LEARNING_RATES[name]
     if name == "topk":
-        head = LinearBalNoisedTopK(
-            HIDDEN, n_classes, K, args.epsilon, bias=False, sparse_grad=True, sampler=args.sampler, process_group=group
-        )
+        criterion = BalNoisedTopK(K, args.epsilon, sampler=args.sampler)
+        head = LinearHead(HIDDEN, n_classes, criterion, bias=False, sparse_grad=True, process_group=group)
         optimizers = [
             torch.optim.AdamW(hidden.parameters(), lr),
             torch.optim.SparseAdam(head.parameters(), lr_head),

@@ -1,8 +1,11 @@
-"""Noised top-K losses for classifiers with many classes, fast: same seed, same bits on every backend.
+"""Fast losses for classifiers with many classes: noised top-K and sampled cross-entropy.
+
+The same seed gives the same bits on every backend.
 
 >>> import torch
->>> from topk_fast import BalNoisedTopK
->>> loss = BalNoisedTopK(k=5, epsilon=1.0)(torch.randn(8, 1000), torch.randint(1000, (8,)))
+>>> from topk_fast import LinearHead, SampledCrossEntropy
+>>> head = LinearHead(64, 100_000, SampledCrossEntropy(16))
+>>> loss = head(torch.randn(8, 64), torch.randint(100_000, (8,)))
 """
 
 from pathlib import Path
@@ -12,18 +15,19 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():
 
 from . import functional
 from .backends import available_backends, build_info
-from .heads import LinearBalNoisedTopK, LinearImbalNoisedTopK
-from .nn import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NormedLinear
+from .heads import LinearHead
+from .nn import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NoisedTopKLoss, NormedLinear, SampledCrossEntropy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BalNoisedTopK",
     "ImbalNoisedTopK",
-    "LinearBalNoisedTopK",
-    "LinearImbalNoisedTopK",
+    "LinearHead",
     "NoisedTopK",
+    "NoisedTopKLoss",
     "NormedLinear",
+    "SampledCrossEntropy",
     "__version__",
     "available_backends",
     "build_info",

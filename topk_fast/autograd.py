@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import losses, ops, reference
+from . import ops, reference
 from .request import Labels, Noise, Place, Search, Slice
 
 
@@ -90,39 +90,50 @@ class _Excess(Function):
 
 
 def differentiable_excess(search: Search) -> Tensor:
-    """The excesses [N, M] of a search, differentiable in the scores."""
+    """The excesses [N, M] of a search, differentiable in the scores, and in an epsilon that is learned.
+
+    Excesses are homogeneous: those of noise at the level epsilon are epsilon times those of ``scores / epsilon`` at 1.
+    """
+    epsilon = search.noise.learned_epsilon
+    if epsilon is not None:
+        epsilon = epsilon.to(reference.arithmetic(search.scores.dtype))
+        at_one = search.noise._replace(epsilon=1.0, schedule=None)
+        return differentiable_excess(search._replace(scores=search.scores / epsilon, noise=at_one)) * epsilon
     if torch.compiler.is_compiling() and search.shards is None:  # the op has a derivative of its own, for graphs
         return _excess(search)[0]
     return _Excess.apply(search.scores, search)[0]
 
 
-class _HingeLoss(Function):
+class _Loss(Function):
     """Scores to reduced losses in one node of the graph: separate nodes for the link make a small step slower."""
 
     @staticmethod
-    def forward(ctx, scores, search, hinge):
+    def forward(ctx, scores, search, criterion):
         # The ops have derivatives of their own, whose Python would cost some 6 us a call here, where this one's counts.
         with torch._C._AutoDispatchBelowAutograd():
             excess, classes = _excess(search)
-            each = hinge.losses(excess, search.labels)
-            n_valid = hinge.count_valid(search.labels)
-        _keep(ctx, search, classes, each, n_valid)
-        ctx.hinge = hinge
-        return losses.reduce_losses(each, n_valid, hinge.reduction)
+            linked = criterion.linked(excess, search.labels)
+            losses, divisor = criterion.losses(linked, search.labels), criterion.divisor(search.labels)
+        _keep(ctx, search, classes, linked, divisor)
+        ctx.criterion = criterion
+        return criterion.reduce(losses, divisor)
 
     @staticmethod
     def backward(ctx, grad):
-        *kept, each, n_valid = ctx.saved_tensors
-        if n_valid is not None:
-            grad = grad / n_valid
-        return _differentiate(ctx, (grad * ctx.hinge.slope(each))[:, None], *kept), None, None
+        *kept, linked, divisor = ctx.saved_tensors
+        if divisor is not None:
+            grad = grad / divisor
+        slope = ctx.criterion.slope(linked, Labels(kept[1], ctx.ignore_index))
+        grad = grad[:, None] if grad.dim() else grad
+        return _differentiate(ctx, grad * slope, *kept), None, None
 
 
-def hinge_loss(search: Search, hinge: losses.Hinge) -> Tensor:
-    """The hinge of a search's excesses, [N] or reduced, differentiable in the scores."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return hinge.reduced(differentiable_excess(search), search.labels)
-    return _HingeLoss.apply(search.scores, search, hinge)
+def loss(search: Search, criterion) -> Tensor:
+    """The `criterion.Criterion` of a search's excesses, [N] or reduced, differentiable in the scores."""
+    in_pieces = criterion.is_curved or search.noise.learned_epsilon is not None
+    if in_pieces or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return criterion.reduced(differentiable_excess(search), search.labels)
+    return _Loss.apply(search.scores, search, criterion)
 
 
 def _derivative_of(backend: str):

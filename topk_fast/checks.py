@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .losses import Hinge
-from .request import Labels, Noise, Options
+from .criterion import LINKS, Criterion
+from .request import LossRequest, Noise, Options
 
 MOST_RANKS = 32  # of one search: a kernel's arguments hold them
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -72,23 +72,23 @@ def check_target(input, target, class_dim):
 def check_layer(input, weight, bias):
     """A linear layer's tensors; returns the dtype of its logits, autocast's where that is on."""
     check_scores(input)
-    check_scores(weight, "weight")
+    check_scores(weight, "linear_weight")
     if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"input must be [..., D] and weight [L, D], got shapes {list(input.shape)} and {list(weight.shape)}"
+            f"input must be [..., D] and linear_weight [L, D], got shapes {list(input.shape)} and {list(weight.shape)}"
         )
     if weight.device != input.device:
-        raise ValueError(f"weight must be on input's device {input.device}, got {weight.device}")
+        raise ValueError(f"linear_weight must be on input's device {input.device}, got {weight.device}")
     if bias is not None:
-        check_scores(bias, "bias")
+        check_scores(bias, "linear_bias")
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must have shape [L] = {list(weight.shape[:1])}, got {list(bias.shape)}")
+            raise ValueError(f"linear_bias must have shape [L] = {list(weight.shape[:1])}, got {list(bias.shape)}")
         if bias.device != input.device:
-            raise ValueError(f"bias must be on input's device {input.device}, got {bias.device}")
+            raise ValueError(f"linear_bias must be on input's device {input.device}, got {bias.device}")
     kind = input.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
-    for name, x in (("weight", weight), ("bias", bias)):
+    for name, x in (("linear_weight", weight), ("linear_bias", bias)):
         if x is not None and x.dtype != input.dtype:
             raise TypeError(
                 f"{name} must have input's dtype {input.dtype}, got {x.dtype}; convert one, or use autocast"
@@ -107,22 +107,19 @@ def check_leaves(**tensors):
             )
 
 
-def check_margins(margins, n_classes, device, dtype):
-    """None, or margins in ``dtype``; ``n_classes`` is None where it is not known yet."""
-    if margins is None:
-        return None
-    if not isinstance(margins, Tensor):
-        raise TypeError(f"margins must be a tensor, got {type(margins).__name__}; see class_margins")
-    if margins.requires_grad:
-        raise ValueError("margins must be constants, got a tensor that requires grad; pass margins.detach()")
-    if not margins.dtype.is_floating_point:
-        raise TypeError(f"margins must be floating point, got {margins.dtype}")
-    if margins.dim() != 1 or n_classes is not None and len(margins) != n_classes:
+def check_class_vector(name, x, n_classes: int | None, device):
+    """A constant number for each class; ``n_classes`` is None where it is not known yet."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.requires_grad:
+        raise ValueError(f"{name} must hold constants, got a tensor that requires grad; pass {name}.detach()")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    if x.dim() != 1 or n_classes is not None and len(x) != n_classes:
         wanted = "[L]" if n_classes is None else f"[L] = [{n_classes}]"
-        raise ValueError(f"margins must have shape {wanted}, got {list(margins.shape)}")
-    if margins.device != device:
-        raise ValueError(f"margins must be on input's device {device}, got {margins.device}")
-    return margins.to(dtype)
+        raise ValueError(f"{name} must have shape {wanted}, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on input's device {device}, got {x.device}")
 
 
 def check_counts(cls_num_list):
@@ -147,18 +144,18 @@ def check_counts(cls_num_list):
     return [float(n) for n in listed]
 
 
-def check_max_m(max_m):
-    max_m = check_real("max_m", max_m)
-    if not max_m >= 0:
-        raise ValueError(f"max_m must be at least 0, got {max_m}")
-    return max_m
+def check_not_negative(name, value):
+    value = check_real(name, value)
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
 
 
-def check_scale(scale):
-    scale = check_real("scale", scale)
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    return scale
+def check_positive(name, value):
+    value = check_real(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return value
 
 
 def check_reduction(reduction):
@@ -186,15 +183,68 @@ def check_top(k, n_classes: int | None, *, least: int = 0, several: bool = True)
     return check_ranks(k, least, n_classes - 1, "L - 1")
 
 
-def check_hinge(hinge: Hinge, n_classes: int | None, device: torch.device, dtype: torch.dtype) -> Hinge:
-    check_reduction(hinge.reduction)
-    margins = check_margins(hinge.margins, n_classes, device, dtype)
-    return Hinge(margins, check_scale(hinge.scale), hinge.reduction)
+def check_link(criterion: Criterion, n_ranks: int) -> Criterion:
+    """A criterion's numbers; its tensors are left to `check_criterion`."""
+    check_reduction(criterion.reduction)
+    if criterion.link not in LINKS:
+        raise ValueError(f"link must be {', '.join(map(repr, LINKS[:-1]))} or {LINKS[-1]!r}, got {criterion.link!r}")
+    temperature = check_positive("temperature", criterion.temperature)
+    if temperature != 1.0 and criterion.link != "softplus":
+        raise ValueError(f"temperature belongs to link='softplus', got {temperature} with link={criterion.link!r}")
+    margin, weights = criterion.margin, criterion.rank_weights
+    return criterion._replace(
+        temperature=temperature,
+        margin=margin if isinstance(margin, Tensor) else _check_margin(margin),
+        scale=check_positive("scale", criterion.scale),
+        rank_weights=None if weights is None else _check_rank_weights(weights, n_ranks),
+    )
 
 
-def check_ignore_index(labels: Labels) -> Labels:
-    number = check_integer("ignore_index", labels.ignore_index, -(2**63), 2**63 - 1)
-    return labels._replace(ignore_index=number)
+def _check_margin(margin):
+    if isinstance(margin, bool) or not isinstance(margin, (float, int, Real)):
+        raise TypeError(f"margin must be a number or a tensor [L], got {type(margin).__name__}; see class_margins")
+    return check_real("margin", margin)
+
+
+def _check_rank_weights(weights, n_ranks):
+    if not isinstance(weights, Sequence) or isinstance(weights, (str, bytes)):
+        raise TypeError(f"rank_weights must be a sequence of numbers, got {type(weights).__name__}")
+    if len(weights) != n_ranks:
+        raise ValueError(f"rank_weights must have a number for each of the {n_ranks} ranks of k, got {len(weights)}")
+    weights = tuple(check_real("rank_weights", one) for one in weights)
+    if min(weights) < 0:
+        raise ValueError(f"rank_weights must be at least 0, got {min(weights)}")
+    return weights
+
+
+def check_criterion(criterion: Criterion, n_ranks: int, n_classes: int | None, device, dtype) -> Criterion:
+    """The criterion with its tensors in ``dtype``; ``n_classes`` is None where it is not known yet."""
+    criterion = check_link(criterion, n_ranks)
+    if isinstance(criterion.margin, Tensor):
+        check_class_vector("margins", criterion.margin, n_classes, device)
+        criterion = criterion._replace(margin=criterion.margin.to(dtype))
+    if criterion.weight is not None:
+        check_class_vector("weight", criterion.weight, n_classes, device)
+        criterion = criterion._replace(weight=criterion.weight.to(dtype))
+    return criterion
+
+
+def check_ignore_index(ignore_index) -> int:
+    return check_integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
+
+
+def check_loss(loss: LossRequest, n_classes: int | None, device, dtype) -> tuple[Noise, LossRequest]:
+    """The request for the noise, and the loss with its numbers checked; ``n_classes`` is None where it is not known."""
+    least = int(bool(loss.exclude_target))
+    ranks = tuple(one + 1 for one in check_top(loss.k, n_classes, least=least, several=loss.several))
+    wanted = check_noise(loss.options, ranks, device)
+    loss = loss._replace(ignore_index=check_ignore_index(loss.ignore_index), exclude_target=bool(least))
+    if loss.offset is not None:
+        check_class_vector("offset", loss.offset, n_classes, device)
+    if loss.criterion is not None:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        loss = loss._replace(criterion=check_criterion(loss.criterion, len(ranks), n_classes, device, wide))
+    return wanted, loss
 
 
 def check_labels(labels, n_classes, ignore_index):
@@ -251,18 +301,18 @@ def _check_schedule(epsilon, device):
             "epsilon must be a number or a floating-point tensor without dimensions, got "
             f"{epsilon.dtype} {list(epsilon.shape)}"
         )
-    if epsilon.requires_grad:
-        raise ValueError("epsilon must be a constant, got a tensor that requires grad; pass epsilon.detach()")
     if device is None:
         return epsilon
     if epsilon.device != device:
         raise ValueError(f"epsilon must be on input's device {device}, got {epsilon.device}")
-    known = (epsilon >= 0) & (epsilon <= LARGEST_EPSILON)
+    # A learned one divides the scores, and so must not be 0.
+    known = (epsilon > 0 if epsilon.requires_grad else epsilon >= 0) & (epsilon <= LARGEST_EPSILON)
+    span = f"{'(' if epsilon.requires_grad else '['}0, {LARGEST_EPSILON:g}]"
     try:
         if not epsilon.is_meta:
-            torch._assert_async(known, f"epsilon must be in [0, {LARGEST_EPSILON:g}]")
+            torch._assert_async(known, f"epsilon must be in {span}")
     except RuntimeError:  # at once on the CPU; a GPU, for which nothing waits, stops by itself
-        raise ValueError(f"epsilon must be in [0, {LARGEST_EPSILON:g}], got {float(epsilon)}") from None
+        raise ValueError(f"epsilon must be in {span}, got {epsilon.item()}") from None
     return epsilon.to(torch.float64)
 
 

@@ -1,30 +1,33 @@
-r"""The functions: smoothed ranks, their excesses over the true class's score, and the noised top-K losses.
+r"""The functions: smoothed ranks, their excesses over the true class's score, and the losses that are made of these.
 
 Source of all: Garcin, Servajean, Joly, Salmon, "Stochastic smoothing of the top-K calibrated hinge loss for deep
 imbalanced classification", ICML 2022, https://proceedings.mlr.press/v162/garcin22a.html.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import autograd, backends, checks, losses, ops, sharding
-from .linear import linear_noised_topk_loss, linear_topk
-from .losses import Hinge
-from .reference import arithmetic
-from .request import Labels, Options, Place, Search
+from . import autograd, backends, checks, losses, ops
+from .criterion import Criterion, make_margins, make_offsets
+from .linear import linear_noised_excess, linear_noised_topk_loss, linear_sampled_cross_entropy, linear_topk
+from .request import Labels, LossRequest, Options, Place, Search
 
 __all__ = [
     "bal_noised_topk_loss",
     "class_margins",
+    "class_offsets",
     "imbal_noised_topk_loss",
+    "linear_noised_excess",
     "linear_noised_topk_loss",
+    "linear_sampled_cross_entropy",
     "linear_topk",
     "noised_excess",
     "noised_topk",
     "noised_topk_candidates",
+    "noised_topk_loss",
+    "sampled_cross_entropy",
 ]
 
 
@@ -88,10 +91,10 @@ def noised_topk(
         raise ValueError("input must have at least one dimension, got a tensor without dimensions")
     rows = input.movedim(checks.check_dimension(dim, input.dim()), -1)
     ranks = checks.check_ranks(k, 1, rows.shape[-1], "L")
-    flat = _flatten(rows)
+    flat = losses.flatten(rows)
     wanted = checks.check_noise(options, ranks, input.device)
     search = Search(flat, wanted, Labels(None), backends.resolve(backend, flat, wanted.k))
-    return _shape(autograd.differentiable_excess(search), rows.shape[:-1], k)
+    return losses.shape_ranks(autograd.differentiable_excess(search), rows.shape[:-1], k)
 
 
 def noised_excess(
@@ -121,13 +124,13 @@ def noised_excess(
     :func:`torch.nn.functional.cross_entropy` with ``reduction="none"``.
 
     Args:
-        input, target: as in :func:`bal_noised_topk_loss`.
+        input, target: as in :func:`noised_topk_loss`.
         k: the K of top-K accuracy, 0 to L - 1, or a sequence of up to 32 of them, which takes one search.
         epsilon, n_sample, noise: as in :func:`noised_topk`.
         exclude_target: ranks only the other classes: the excess of the K-th best of them, so K is 1 to L - 1.
         ignore_index: rows with this target have excess 0 and no gradient.
         seed, generator, sampler, backend: as in :func:`noised_topk`.
-        process_group: as in :func:`bal_noised_topk_loss`.
+        process_group: as in :func:`noised_topk_loss`.
 
     Returns:
         Tensor of target's shape, and with a last dimension for the Ks if ``k`` is a sequence; float64 for float64
@@ -146,9 +149,148 @@ def noised_excess(
                 [ 9.0000,  5.5000]])
     """
     options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend, process_group)
-    search, _, wrap = _open_search(input, Labels(target, ignore_index, exclude_target), k, None, options)
-    excess = _shape(_naming_wrong_labels(autograd.differentiable_excess, search), target.shape, k)
-    return excess if wrap is None else wrap(excess)
+    return losses.evaluate(input, target, LossRequest(k, options, None, ignore_index, exclude_target))
+
+
+def noised_topk_loss(
+    input: Tensor,
+    target: Tensor,
+    k: int | Sequence[int] = (1, 5),
+    epsilon: float | Tensor = 1.0,
+    n_sample: int = 5,
+    *,
+    noise: str = "normal",
+    link: str = "hinge",
+    temperature: float = 1.0,
+    margin: float | Tensor = 1.0,
+    scale: float = 1.0,
+    rank_weights: Sequence[float] | None = None,
+    exclude_target: bool = False,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    sampler: str = "auto",
+    backend: str = "auto",
+    process_group=None,
+) -> Tensor:
+    r"""The family of the noised top-K losses: one K or several, and how far each is missed, through a link.
+
+    .. math:: \ell(s, y) = w_y \sum_m r_m \cdot scale \cdot link(m_y + e_{K_m}(s, y)), \qquad
+              e_K(s, y) = top_{K+1}(s) - s_y
+
+    with :math:`top_{K+1}` the value of :func:`noised_topk` for rank K + 1. One search finds all ranks. For top-1 and
+    top-5 accuracy at once start from ``k=(1, 5), link="softplus", exclude_target=True, margin=0.0, epsilon=1.0``:
+    every row keeps a gradient, also where the true class is safely among the first K.
+
+    Args:
+        input: logits [N, L], [L], or [N, L, d1, ...] as for :class:`torch.nn.CrossEntropyLoss`; float32, float64,
+            bfloat16 or float16.
+        target: true classes, int64 in [0, L - 1] or ``ignore_index``: [N], no dimension, or [N, d1, ...].
+        k: the K of top-K accuracy, 0 to L - 1, or a sequence of up to 32 of them.
+        epsilon: noise level, >= 0, in units of the logits; a number, or a tensor as in :func:`noised_topk`. 1.0 suits
+            logits of a plain linear layer.
+        n_sample: number B of noise vectors, >= 1. The paper uses 5 and finds little gain beyond.
+        noise: the law, "normal" or "gumbel", as in :func:`noised_topk`.
+        link: "hinge" :math:`\max(0, x)`, "softplus" :math:`\tau \ln(1 + e^{x / \tau})`, or "identity" x.
+        temperature: :math:`\tau` of the softplus, > 0, in units of the logits; small ones approach the hinge.
+        margin: m, a number, or margins [L] on input's device, see :func:`class_margins`; constants.
+        scale: factor of the links, > 0.
+        rank_weights: r, a number >= 0 for each of the Ks; None is 1 for each, the sum over the Ks.
+        exclude_target: ranks only the other classes: e is then the excess of the K-th best of them, so K is 1 to L - 1.
+        offset: [L] on input's device, added to the logits before all else, and rounded to their dtype, as logit
+            adjustment does for long tails, see :func:`class_offsets`; constants. Predict without it.
+        weight: w, weights [L] of the classes on input's device, as in :class:`torch.nn.CrossEntropyLoss`; constants.
+            Weights of single rows: ``(row_weights * noised_topk_loss(..., reduction="none")).mean()``.
+        reduction: "mean" over the rows that are not ignored (with ``weight`` the sum divided by that of their weights),
+            "sum" or "none".
+        ignore_index: rows with this target have loss 0 and no gradient.
+        generator, seed, sampler, backend: as in :func:`noised_topk`.
+        process_group: ranks over which the classes are sharded: ``input`` holds this rank's, contiguous in the order of
+            ranks, any number of them; target, margins, weight, offset and all else are the same on all ranks, and the
+            seed is rank 0's. Every rank returns the loss over all classes and has the gradient of its own. A DTensor
+            sharded along its classes needs no process_group and gets a DTensor back.
+
+    Returns:
+        A tensor without dimensions, or with target's shape for ``reduction="none"``; float64 for float64 logits,
+        else float32. NaN in a row of logits makes its loss and gradient NaN.
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument of the wrong kind, out of range, or not fitting the others.
+        RuntimeError: a named backend that is not available.
+
+    Example:
+        >>> import torch
+        >>> from topk_fast.functional import noised_topk_loss
+        >>> logits = torch.tensor([[2.0, 1.5, -3.0], [7.5, 4.0, -1.5]])
+        >>> noised_topk_loss(logits, torch.tensor([0, 2]), k=(0, 1), epsilon=0.0, reduction="none")
+        tensor([ 1.5000, 16.5000])
+    """
+    criterion = Criterion(link, temperature, margin, scale, rank_weights, weight, reduction)
+    options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend, process_group)
+    return losses.evaluate(input, target, LossRequest(k, options, criterion, ignore_index, exclude_target, offset))
+
+
+def sampled_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    n_sample: int = 16,
+    *,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    sampler: str = "auto",
+    backend: str = "auto",
+    process_group=None,
+) -> Tensor:
+    r"""Cross-entropy whose gradient has at most B + 1 entries a row, exact in expectation.
+
+    .. math:: \ell(s, y) = \frac1B \sum_{b=1}^{B} \max_j (s_j + G_{bj}) - s_y, \qquad
+              E\,\ell(s, y) = \log \sum_j e^{s_j} - s_y
+
+    with G independent Gumbel noise less its mean. The class of each maximum is a draw from the softmax (the
+    Gumbel-max trick), so a row's gradient is ``counts / B - onehot(target)``: its expected value is cross-entropy's,
+    ``softmax - onehot``. The label itself is such a draw where the model is calibrated, so the samples add 1/B of the
+    variance that the gradient has already: B = 16 costs about what a batch smaller by 6 % does.
+
+    A training loss only: the value of one call is noisy, with a standard deviation of :math:`\pi / \sqrt{6 B}` a row
+    (0.32 for B = 16), and can be negative. Evaluate with :func:`torch.nn.functional.cross_entropy`. It is not the
+    sampled softmax of large vocabularies: there is no proposal distribution, and no bias. With a linear layer use
+    :func:`linear_sampled_cross_entropy`, which saves two of three matmuls.
+
+    Args:
+        input, target, offset, weight, reduction, ignore_index, process_group: as in :func:`noised_topk_loss`.
+        n_sample: number B of draws from the softmax, >= 1.
+        generator, seed, sampler, backend: as in :func:`noised_topk`.
+
+    Returns:
+        As :func:`noised_topk_loss`.
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument of the wrong kind, out of range, or not fitting the others.
+        RuntimeError: a named backend that is not available.
+
+    Example:
+        >>> import torch
+        >>> from topk_fast.functional import sampled_cross_entropy
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0]]).expand(100_000, 3)
+        >>> target = torch.zeros(100_000, dtype=torch.int64)
+        >>> loss = sampled_cross_entropy(logits, target, n_sample=1, seed=0)
+        >>> exact = torch.nn.functional.cross_entropy(logits, target)
+        >>> bool((loss - exact).abs() < 4 * 1.2826 / 100_000**0.5)
+        True
+
+    Source: E. J. Gumbel, "Statistical theory of extreme values and some practical applications", 1954; C. J. Maddison,
+    D. Tarlow, T. Minka, "A* sampling", NeurIPS 2014.
+    """
+    options = Options(1.0, n_sample, "gumbel", seed, generator, sampler, backend, process_group)
+    criterion = Criterion("identity", margin=0.0, weight=weight, reduction=reduction)
+    return losses.evaluate(input, target, LossRequest(0, options, criterion, ignore_index, offset=offset))
 
 
 def bal_noised_topk_loss(
@@ -174,24 +316,13 @@ def bal_noised_topk_loss(
     ``epsilon=0`` it is the top-K calibrated hinge of Yang & Koyejo (ICML 2020).
 
     Args:
-        input: logits [N, L], [L], or [N, L, d1, ...] as for :class:`torch.nn.CrossEntropyLoss`; float32, float64,
-            bfloat16 or float16.
-        target: true classes, int64 in [0, L - 1] or ``ignore_index``: [N], no dimension, or [N, d1, ...].
+        input, target, epsilon, n_sample, reduction, ignore_index, process_group: as in :func:`noised_topk_loss`, whose
+            defaults but for k this loss has.
         k: the K of top-K accuracy, 0 to L - 1.
-        epsilon: noise level, >= 0, in units of the logits; a number, or a tensor as in :func:`noised_topk`. 1.0 suits
-        logits of a plain linear layer.
-        n_sample: number B of noise vectors, >= 1. The paper uses 5 and finds little gain beyond.
-        reduction: "mean" over the rows that are not ignored, "sum" or "none".
-        ignore_index: rows with this target have loss 0 and no gradient.
         generator, seed, sampler, backend: as in :func:`noised_topk`.
-        process_group: ranks over which the classes are sharded: ``input`` holds this rank's, contiguous in the order of
-            ranks, any number of them; target and all else are the same on all ranks, and the seed is rank 0's. Every
-            rank returns the loss over all classes and has the gradient of its own. A DTensor sharded along its
-            classes needs no process_group and gets a DTensor back.
 
     Returns:
-        A tensor without dimensions, or with target's shape for ``reduction="none"``; float64 for float64 logits,
-        else float32. NaN in a row of logits makes its loss and gradient NaN.
+        As :func:`noised_topk_loss`.
 
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong kind, out of range, or not fitting the others.
@@ -205,7 +336,8 @@ def bal_noised_topk_loss(
         tensor([0.5000, 6.5000])
     """
     options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
-    return _hinge_loss(input, Labels(target, ignore_index), k, Hinge(None, 1.0, reduction), options)
+    loss = LossRequest(k, options, Criterion(reduction=reduction), ignore_index, several=False)
+    return losses.evaluate(input, target, loss)
 
 
 def imbal_noised_topk_loss(
@@ -230,17 +362,17 @@ def imbal_noised_topk_loss(
     .. math:: \ell(s, y) = \max(0,\; scale \, (m_y + top_{K+1}(s) - s_y))
 
     Args:
-        input, target, n_sample, reduction, ignore_index: as in :func:`bal_noised_topk_loss`. The default ``scale``
+        input, target, n_sample, reduction, ignore_index: as in :func:`noised_topk_loss`. The default ``scale``
             assumes cosine logits, in [-1, 1], as :class:`topk_fast.NormedLinear` makes them.
         k: the K of top-K accuracy, 0 to L - 1.
-        margins: margins m [L] on input's device, see :func:`class_margins`; constants, without gradient.
+        margins: margins m [L] on input's device, see :func:`class_margins`; constants. A number is the same for all.
         epsilon: noise level, >= 0; for cosine logits some 0.01 to 0.1.
         scale: factor of the hinge, > 0. Use 1 for logits that are not normalised.
         generator, seed, sampler, backend: as in :func:`noised_topk`.
-        process_group: as in :func:`bal_noised_topk_loss`; margins are those of all classes on every rank.
+        process_group: as in :func:`noised_topk_loss`.
 
     Returns:
-        As :func:`bal_noised_topk_loss`.
+        As :func:`noised_topk_loss`.
 
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong kind, out of range, or not fitting the others.
@@ -254,10 +386,9 @@ def imbal_noised_topk_loss(
         >>> imbal_noised_topk_loss(logits, torch.tensor([1]), 1, margins, epsilon=0.0, scale=10)
         tensor(3.)
     """
-    if margins is None:
-        raise TypeError("margins must be a tensor, got NoneType; see class_margins")
     options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
-    return _hinge_loss(input, Labels(target, ignore_index), k, Hinge(margins, scale, reduction), options)
+    criterion = Criterion(margin=margins, scale=scale, reduction=reduction)
+    return losses.evaluate(input, target, LossRequest(k, options, criterion, ignore_index, several=False))
 
 
 def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
@@ -280,9 +411,36 @@ def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
         >>> class_margins([16, 1, 81], max_m=0.3)
         tensor([0.1500, 0.3000, 0.1000])
     """
-    max_m = checks.check_max_m(max_m)
+    max_m = checks.check_not_negative("max_m", max_m)
     device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
-    return losses.make_margins(checks.check_counts(cls_num_list), max_m, device)
+    return make_margins(checks.check_counts(cls_num_list), max_m, device)
+
+
+def class_offsets(cls_num_list: Sequence[int] | Tensor, tau: float = 1.0) -> Tensor:
+    r"""Offsets of logit adjustment: frequent classes get a head start in training that they lack in prediction.
+
+    .. math:: offset_j = \tau \ln (n_j / \sum_i n_i)
+
+    Args:
+        cls_num_list: number of training examples n_j of each class, all positive; L of them.
+        tau: factor, >= 0; 1 is consistent for the balanced error of a cross-entropy.
+
+    Returns:
+        float32 tensor [L], on the device of ``cls_num_list`` if that is a tensor, else on torch's default device.
+
+    Raises:
+        TypeError, ValueError: counts that are not a list of positive numbers, or a negative ``tau``.
+
+    Example:
+        >>> from topk_fast.functional import class_offsets
+        >>> class_offsets([3, 1])
+        tensor([-0.2877, -1.3863])
+
+    Source: A. K. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+    """
+    tau = checks.check_not_negative("tau", tau)
+    device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
+    return make_offsets(checks.check_counts(cls_num_list), tau, device)
 
 
 def noised_topk_candidates(
@@ -341,64 +499,3 @@ def noised_topk_candidates(
     )
     wanted = checks.check_noise(options, (k,), scores.device)
     return ops.kernel("candidates", backends.resolve(backend, scores, k))(scores.detach(), *wanted, *place)
-
-
-def _open_search(input: Tensor, labels: Labels, k, hinge: Hinge | None, options: Options):
-    """Checks a call's arguments: the request, the hinge with margins as it takes them, and how to return a DTensor."""
-    class_dim = 0 if isinstance(input, Tensor) and input.dim() == 1 else 1
-    input, group, wrap = sharding.local_part("input", input, class_dim, options.process_group)
-    target = labels.target if wrap is None else sharding.replicated(labels.target)
-    with sharding.Meeting(group, "noised_excess" if hinge is None else "noised_topk_loss") as meeting:
-        checks.check_scores(input)
-        checks.check_target(input, target, class_dim)
-        n_local, least = input.shape[class_dim], int(labels.exclude_target)
-        n_classes = n_local if group is None else None
-        ranks = tuple(one + 1 for one in checks.check_top(k, n_classes, least=least, several=hinge is None))
-        wanted = checks.check_noise(options, ranks, input.device)
-        if hinge is not None:
-            hinge = checks.check_hinge(hinge, n_classes, input.device, arithmetic(input.dtype))
-        flat = input if input.dim() == 2 else _flatten(input.movedim(class_dim, -1))
-        labels = checks.check_ignore_index(labels._replace(target=target if target.dim() == 1 else target.reshape(-1)))
-        backend = backends.resolve(options.backend, flat, wanted.k)
-        search = sharding.agree_on(
-            meeting,
-            Search(flat, wanted, labels, backend),
-            hinge,
-            fixed_seed=options.seed is not None,
-            tensors={},
-            facts={"dtype": input.dtype},
-        )
-    return search, hinge, wrap
-
-
-def _hinge_loss(input: Tensor, labels: Labels, k: int, hinge: Hinge, options: Options) -> Tensor:
-    search, hinge, wrap = _open_search(input, labels, k, hinge, options)
-    loss = _naming_wrong_labels(autograd.hinge_loss, search, hinge)
-    loss = loss.view(labels.target.shape) if hinge.reduction == "none" else loss
-    return loss if wrap is None else wrap(loss)
-
-
-def _naming_wrong_labels(run, search: Search, *args) -> Tensor:
-    """What ``run`` returns; the kernels stop at a wrong label but cannot name it."""
-    target, ignore_index, _ = search.labels
-    if search.shards is not None:  # the ranks' meeting has checked the labels
-        return run(search, *args)
-    n_classes = search.scores.shape[1]
-    if torch.compiler.is_compiling():
-        target = ops.checked_labels(target, n_classes, ignore_index)
-        return run(search._replace(labels=search.labels._replace(target=target)), *args)
-    try:
-        return run(search, *args)
-    except RuntimeError:
-        checks.check_labels(target, n_classes, ignore_index)
-        raise
-
-
-def _flatten(rows: Tensor) -> Tensor:
-    """[..., L] as [N, L], also where a dimension is empty."""
-    return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
-
-
-def _shape(excess: Tensor, shape: torch.Size, k) -> Tensor:
-    """[N, M] in the shape of the rows, with the ranks last where ``k`` is a sequence of them."""
-    return excess.view((*shape, *excess.shape[1:]) if isinstance(k, Sequence) else shape)

@@ -1,69 +1,98 @@
-"""Modules that own a classifier's weight and compute its loss in one step, for up to millions of classes."""
-
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+"""A module that owns a classifier's weight and computes its loss in one step, for up to millions of classes."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
-from . import checks, sharding
-from .functional import linear_noised_topk_loss, linear_topk
+from . import checkpoints, checks, linear_losses, sharding
+from .linear import linear_topk
 from .linear_gradient import unit_rows
-from .nn import Loss, Margins
-from .request import Options
+from .nn import Loss
+from .request import Linear
 
-__all__ = ["LinearBalNoisedTopK", "LinearImbalNoisedTopK"]
+__all__ = ["LinearHead"]
 
 _BLOCK = 1 << 16  # classes whose first weights are drawn at a time
 
 
-class _Layer(NamedTuple):
-    """The arguments of a classifier's layer, as the user gave them."""
+class LinearHead(Module):
+    r"""A classifier's last layer and its loss in one, for up to millions of classes.
 
-    in_features: Any
-    n_classes: Any
-    bias: Any
-    normalize: Any
-    scale: Any
-    chunk_size: Any
-    sparse_grad: Any
-    device: Any
-    dtype: Any
+    .. math:: s = x W^T + b, \qquad \ell = criterion(s, y)
 
+    It owns ``weight`` [n_classes, in_features] and ``bias`` [n_classes] as :class:`torch.nn.Linear` does. The loss is
+    found without holding all logits, by one matmul in place of three, see
+    :func:`~topk_fast.functional.linear_noised_topk_loss`.
 
-class _LinearLoss(Loss):
-    """The part that these losses share: the parameters, in a process group those of this rank's classes."""
+    Args:
+        in_features: D, the length of the features.
+        n_classes: L, at least 2.
+        criterion: a loss module of this package, such as :class:`~topk_fast.SampledCrossEntropy` or
+            :class:`~topk_fast.NoisedTopKLoss`, without a ``process_group`` of its own.
+        bias: whether there is a bias.
+        normalize: cosine logits: features and rows of the weight are divided by their lengths, as in
+            :class:`~topk_fast.NormedLinear`, whose initial rows of length 1 the weight then has. With it, pass
+            ``bias=False``, unless a bias of cosines is wanted.
+        sparse_grad, chunk_size: as in :func:`~topk_fast.functional.linear_noised_topk_loss`.
+        process_group: ranks over which the classes are sharded: each rank owns, in the order of ranks, the next
+            ceil(n_classes / ranks) classes. Keep the head out of DistributedDataParallel then. Its state_dict has
+            DTensors, which :mod:`torch.distributed.checkpoint` merges, and loads into any number of ranks;
+            ``load_state_dict`` takes these, or the full tensors of a head that is not sharded.
+        device, dtype: as in :class:`torch.nn.Linear`.
 
-    def __init__(self, layer: _Layer, k, options: Options, reduction, ignore_index):
-        super().__init__(k, options, reduction, ignore_index)
-        self.in_features = checks.check_integer("in_features", layer.in_features, 1, 2**31 - 1)
-        n_classes = self.n_classes = checks.check_integer("n_classes", layer.n_classes, 2, 2**31 - 1)
-        checks.check_top(k, n_classes)
-        checks.check_scale(layer.scale)
-        if layer.chunk_size is not None:
-            checks.check_integer("chunk_size", layer.chunk_size, 1, 2**31 - 1)
-        self.normalize, self.scale = layer.normalize, layer.scale
-        self.chunk_size, self.sparse_grad = layer.chunk_size, layer.sparse_grad
-        factory = dict(device=layer.device, dtype=layer.dtype)
-        self.first_class, n_local = sharding.own_slice(n_classes, self.process_group)
-        self.weight = Parameter(torch.empty(n_local, self.in_features, **factory))
-        if layer.bias:
-            self.bias = Parameter(torch.empty(n_local, **factory))
+    Example:
+        >>> import torch
+        >>> from topk_fast import LinearHead, SampledCrossEntropy
+        >>> head = LinearHead(16, 50_000, SampledCrossEntropy(16), bias=False, sparse_grad=True)
+        >>> optimizer = torch.optim.SparseAdam(head.parameters())
+        >>> head(torch.randn(8, 16), torch.randint(50_000, (8,))).backward()
+        >>> optimizer.step()
+        >>> values, classes = head.topk(torch.randn(8, 16), k=5)
+        >>> classes.shape
+        torch.Size([8, 5])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        n_classes: int,
+        criterion: Loss,
+        *,
+        bias: bool = True,
+        normalize: bool = False,
+        sparse_grad: bool = False,
+        chunk_size: int | None = None,
+        process_group=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.in_features = checks.check_integer("in_features", in_features, 1, 2**31 - 1)
+        self.n_classes = checks.check_integer("n_classes", n_classes, 2, 2**31 - 1)
+        self.criterion = _check_criterion(criterion, self.n_classes)
+        if chunk_size is not None:
+            checks.check_integer("chunk_size", chunk_size, 1, 2**31 - 1)
+        self.normalize, self.sparse_grad, self.chunk_size = normalize, sparse_grad, chunk_size
+        sharding.check_group(process_group)
+        self.process_group = process_group
+        self.first_class, n_local = sharding.own_slice(self.n_classes, process_group)
+        self.weight = Parameter(torch.empty(n_local, self.in_features, device=device, dtype=dtype))
+        if bias:
+            self.bias = Parameter(torch.empty(n_local, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        self._reset_weights()
-
-    def reset_parameters(self) -> None:
-        """Weights as :class:`NormedLinear` or :class:`torch.nn.Linear` draws them, the same for any number of ranks.
-
-        All ranks must have called ``torch.manual_seed`` with the same number for that. Blocks of classes are drawn in
-        turn, and each rank keeps its own, so that no rank holds them all.
-        """
-        self._reset_weights()
+        self.reset_parameters()
+        self.register_state_dict_post_hook(checkpoints.save_head)
+        self.register_load_state_dict_pre_hook(checkpoints.load_head)
 
     @torch.no_grad()
-    def _reset_weights(self):
+    def reset_parameters(self) -> None:
+        """Weights as :class:`~topk_fast.NormedLinear` or :class:`torch.nn.Linear` draws them, for any number of ranks.
+
+        They are the same for all numbers of ranks if all ranks have called ``torch.manual_seed`` with the same number.
+        Blocks of classes are drawn in turn, and each rank keeps its own, so that no rank holds them all.
+        """
         bound = self.in_features**-0.5
         for parameter in filter(lambda p: p is not None, (self.weight, self.bias)):
             local, group, _ = sharding.local_part("weight", parameter, 0, None)  # of a DTensor, as FSDP2 makes them
@@ -78,129 +107,65 @@ class _LinearLoss(Loss):
                 own = local[at : at + max(0, len(block) - skipped)]
                 own.copy_(block[skipped : skipped + len(own)])
 
-    def _layer(self) -> dict:
-        """The keywords that the linear functions share."""
-        return dict(normalize=self.normalize, chunk_size=self.chunk_size)
-
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return linear_noised_topk_loss(
+        """The loss of features [N, D] or [..., D] and true classes [N] or [...]."""
+        loss = self.criterion.as_request()
+        loss = loss._replace(options=loss.options._replace(process_group=self.process_group))
+        linear = Linear(self.weight, self.bias, self.normalize, self.chunk_size, self.sparse_grad)
+        return linear_losses.evaluate(input, target, linear, loss)
+
+    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` best logits and classes of every row, see :func:`~topk_fast.functional.linear_topk`."""
+        return linear_topk(
             input,
             self.weight,
-            target,
-            self.bias,
-            k=self.k,
-            epsilon=self.epsilon,
-            n_sample=self.n_sample,
-            margins=self._buffers.get("m_list"),
-            scale=self.scale,
-            sparse_grad=self.sparse_grad,
-            **self._layer(),
-            **self._keywords(),
+            k,
+            linear_bias=self.bias,
+            normalize=self.normalize,
+            chunk_size=self.chunk_size,
+            backend=self.criterion.backend,
+            process_group=self.process_group,
         )
 
-    def topk(self, input: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The ``k`` best logits and classes of every row, see :func:`~topk_fast.functional.linear_topk`.
+    def logits(self, input: Tensor) -> Tensor:
+        """Logits [..., L] as a plain layer computes them, to evaluate or export; without the criterion's offset.
 
-        ``k`` is the loss's if not given.
+        Where classes are sharded, the logits of this rank's classes as a part of a DTensor that is sharded along them.
         """
-        k = self.k if k is None else k
-        where = dict(backend=self.backend, process_group=self.process_group)
-        return linear_topk(input, self.weight, k, self.bias, **where, **self._layer())
+        if self.normalize:
+            result = F.linear(unit_rows(input), unit_rows(self.weight), self.bias)
+        else:
+            result = F.linear(input, self.weight, self.bias)
+        shape = torch.Size((*input.shape[:-1], self.n_classes))
+        return result if self.process_group is None else checkpoints.shard(result, -1, shape, self.process_group)
+
+    def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Shards an optimizer's state of this head's rows in its state_dict, as the head's own shards the rows.
+
+        Call it once for an optimizer that has parameters of a head with ``process_group``.
+        """
+        checkpoints.register_optimizer(self, optimizer)
+
+    def extra_repr(self) -> str:
+        shown = f"in_features={self.in_features}, n_classes={self.n_classes}, bias={self.bias is not None}"
+        named = {"normalize": self.normalize, "sparse_grad": self.sparse_grad, "chunk_size": self.chunk_size}
+        return shown + "".join(f", {name}={value}" for name, value in named.items() if value)
+
+    def __deepcopy__(self, memo):
+        return sharding.copy_with_group(self, memo)
 
 
-class LinearBalNoisedTopK(_LinearLoss):
-    """A classifier's last layer and :class:`BalNoisedTopK` in one, for up to millions of classes.
-
-    Owns ``weight`` [n_classes, in_features] and ``bias`` as :class:`torch.nn.Linear` does, and computes
-    :func:`~topk_fast.functional.linear_noised_topk_loss`, which never holds all logits. With ``process_group`` each
-    rank owns, in the order of ranks, the next ceil(n_classes / ranks) classes, and its state_dict holds those; keep
-    it out of DistributedDataParallel then.
-
-    Example:
-        >>> import torch
-        >>> from topk_fast import LinearBalNoisedTopK
-        >>> head = LinearBalNoisedTopK(16, 50_000, k=5, epsilon=1.0, bias=False, sparse_grad=True)
-        >>> optimizer = torch.optim.SparseAdam(head.parameters())
-        >>> head(torch.randn(8, 16), torch.randint(50_000, (8,))).backward()
-        >>> optimizer.step()
-        >>> values, classes = head.topk(torch.randn(8, 16))
-        >>> classes.shape
-        torch.Size([8, 5])
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        n_classes: int,
-        k: int,
-        epsilon: float | Tensor,
-        n_sample: int = 5,
-        *,
-        bias: bool = True,
-        normalize: bool = False,
-        scale: float = 1.0,
-        chunk_size: int | None = None,
-        sparse_grad: bool = False,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        generator: torch.Generator | None = None,
-        seed: int | Tensor | None = None,
-        sampler: str = "auto",
-        backend: str = "auto",
-        process_group=None,
-        device=None,
-        dtype=None,
-    ):
-        options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
-        layer = _Layer(in_features, n_classes, bias, normalize, scale, chunk_size, sparse_grad, device, dtype)
-        super().__init__(layer, k, options, reduction, ignore_index)
-
-
-class LinearImbalNoisedTopK(Margins, _LinearLoss):
-    """A classifier's last layer and :class:`ImbalNoisedTopK` in one: cosine logits and a margin for each class.
-
-    As :class:`LinearBalNoisedTopK`, with ``normalize=True`` and no bias as in :class:`NormedLinear` unless told
-    otherwise. ``cls_num_list`` counts the examples of all classes on every rank; the margins are the buffer ``m_list``.
-
-    Example:
-        >>> import torch
-        >>> from topk_fast import LinearImbalNoisedTopK
-        >>> head = LinearImbalNoisedTopK(16, k=1, epsilon=0.01, max_m=0.3, cls_num_list=[500, 15, 3])
-        >>> head(torch.randn(8, 16), torch.randint(3, (8,))).backward()
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        k: int,
-        epsilon: float | Tensor,
-        max_m: float,
-        cls_num_list: Sequence[int],
-        scale: float = 50,
-        n_sample: int = 5,
-        *,
-        bias: bool = False,
-        normalize: bool = True,
-        chunk_size: int | None = None,
-        sparse_grad: bool = False,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        generator: torch.Generator | None = None,
-        seed: int | Tensor | None = None,
-        sampler: str = "auto",
-        backend: str = "auto",
-        process_group=None,
-        device=None,
-        dtype=None,
-    ):
-        counts = checks.check_counts(cls_num_list)
-        n_classes = len(counts)
-        options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
-        layer = _Layer(in_features, n_classes, bias, normalize, scale, chunk_size, sparse_grad, device, dtype)
-        super().__init__(layer, k, options, reduction, ignore_index)
-        self._make_margins(k, max_m, counts, device)
-
-    def reset_parameters(self) -> None:
-        """The weights, as :class:`LinearBalNoisedTopK` draws them, and the margins."""
-        self._reset_weights()
-        super().reset_parameters()
+def _check_criterion(criterion, n_classes: int) -> Loss:
+    if not isinstance(criterion, Loss):
+        raise TypeError(
+            "criterion must be a loss module of topk_fast, such as SampledCrossEntropy(16), got "
+            f"{type(criterion).__name__}; other losses take the logits of a torch.nn.Linear"
+        )
+    if criterion.process_group is not None:
+        raise ValueError("process_group must be given to LinearHead, got one that its criterion has")
+    checks.check_top(criterion.k, n_classes, least=int(criterion.exclude_target))
+    loss = criterion.as_request()
+    vectors = loss.criterion.vectors() | ({} if loss.offset is None else {"offset": loss.offset})
+    for name, x in vectors.items():
+        checks.check_class_vector(name, x, n_classes, x.device)
+    return criterion

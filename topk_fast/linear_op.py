@@ -157,8 +157,17 @@ def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
 
 
 def linear_excess(search: LinearSearch) -> Tensor:
-    """The excesses [N, M] of a linear layer's logits, differentiable in rows, weight and bias."""
+    """The excesses [N, M] of a linear layer's logits, differentiable in rows, weight and bias.
+
+    They are also differentiable in an epsilon that is learned, as those of `autograd.differentiable_excess`.
+    """
     rows, weight, bias, wanted, labels, layer, backend, shards = search
+    epsilon = wanted.learned_epsilon
+    if epsilon is not None:
+        epsilon = epsilon.to(reference.arithmetic(layer.dtype))
+        at_one = wanted._replace(epsilon=1.0, schedule=None)
+        bias = None if bias is None else bias / epsilon
+        return linear_excess(search._replace(rows=rows / epsilon, bias=bias, noise=at_one)) * epsilon
     if layer.sparse and torch.compiler.is_dynamo_compiling():
         return _apply_outside_of_graphs(rows, weight, bias, search)[0]
     if shards is None and torch.compiler.is_compiling():  # the op has a derivative of its own, for graphs

@@ -1,69 +1,69 @@
-r"""The losses: torch code on the excesses of the smoothed ranks over the true class's score, the same for all backends.
+"""The door of all functions on logits: a call's arguments become one request, and its excesses a loss."""
 
-.. math:: e_m = top_{K_m + 1}(s) - s_y, \qquad \ell = \max(0,\; scale \, (m_y + e))
-
-A link, its margins, ignored rows and the reduction stand here and nowhere else.
-"""
-
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .request import Labels
+from . import autograd, backends, checks, ops, sharding
+from .request import Labels, LossRequest, Search
 
 
-class Hinge(NamedTuple):
-    """The link of the top-K hinge losses."""
-
-    margins: Tensor | None  # [L]; None: 1 for every class
-    scale: float
-    reduction: str
-
-    def losses(self, excess: Tensor, labels: Labels) -> Tensor:
-        """Losses [N] from excesses [N, 1], 0 in rows whose target is ``ignore_index``."""
-        ignored = labels.target == labels.ignore_index
-        margin = 1.0 if self.margins is None else self.margins[labels.target.masked_fill(ignored, 0)]
-        losses = excess[:, 0] + margin
-        if self.scale != 1.0:
-            losses = losses * self.scale
-        return losses.relu().masked_fill(ignored, 0.0)
-
-    def reduced(self, excess: Tensor, labels: Labels) -> Tensor:
-        """The losses' reduction, or the losses themselves."""
-        return reduce_losses(self.losses(excess, labels), self.count_valid(labels), self.reduction)
-
-    def count_valid(self, labels: Labels) -> Tensor | None:
-        """The number of rows that are not ignored, without dimensions, where the reduction divides by it."""
-        return (labels.target != labels.ignore_index).sum() if self.reduction == "mean" else None
-
-    def tensors(self, labels: Labels) -> dict[str, Tensor]:
-        """What ranks that share the classes must have in common, besides `facts`."""
-        if self.margins is None or not len(self.margins):
-            return {}
-        known = labels.target.masked_fill(labels.target == labels.ignore_index, 0)
-        n_classes = len(self.margins)
-        picked = self.margins[known.clamp(0, n_classes - 1)]
-        return {"margins": torch.cat([picked, picked.new_tensor([n_classes])])}
-
-    def facts(self) -> dict[str, object]:
-        return {"scale": self.scale, "margins": None if self.margins is None else len(self.margins)}
-
-    def slope(self, losses: Tensor) -> Tensor:
-        """The derivative [N] of the losses with respect to the excesses; 0 where the loss is 0."""
-        slope = (losses > 0).to(losses.dtype)
-        return slope if self.scale == 1.0 else slope * self.scale
+def evaluate(input: Tensor, target: Tensor, loss: LossRequest) -> Tensor:
+    """The loss of logits [N, L], [L] or [N, L, d1, ...], or their excesses."""
+    class_dim = 0 if isinstance(input, Tensor) and input.dim() == 1 else 1
+    input, group, wrap = sharding.local_part("input", input, class_dim, loss.options.process_group)
+    target = target if wrap is None else sharding.replicated(target)
+    with sharding.Meeting(group, "noised_excess" if loss.criterion is None else "noised_topk_loss") as meeting:
+        checks.check_scores(input)
+        checks.check_target(input, target, class_dim)
+        n_classes = input.shape[class_dim] if group is None else None
+        wanted, loss = checks.check_loss(loss, n_classes, input.device, input.dtype)
+        flat = input if input.dim() == 2 else flatten(input.movedim(class_dim, -1))
+        labels = Labels(target if target.dim() == 1 else target.reshape(-1), loss.ignore_index, loss.exclude_target)
+        backend = backends.resolve(loss.options.backend, flat, wanted.k)
+        search = Search(flat, wanted, labels, backend)
+        search = sharding.agree_on(meeting, search, loss, tensors={}, facts={"dtype": input.dtype})
+    if loss.offset is not None:
+        offset = sharding.own_classes(loss.offset, search).to(flat.dtype)
+        search = search._replace(scores=flat + offset)
+    if loss.criterion is None:
+        result = _naming_wrong_labels(autograd.differentiable_excess, search)
+    else:
+        result = _naming_wrong_labels(autograd.loss, search, loss.criterion)
+    result = shape_result(result, target.shape, loss)
+    return result if wrap is None else wrap(result)
 
 
-def reduce_losses(losses: Tensor, n_valid: Tensor | None, reduction: str) -> Tensor:
-    """The losses themselves for "none", their sum, or their mean over the ``n_valid`` rows that are not ignored."""
-    if reduction == "none":
-        return losses
-    return losses.sum() if n_valid is None else losses.sum() / n_valid
+def _naming_wrong_labels(run, search: Search, *args) -> Tensor:
+    """What ``run`` returns; the kernels stop at a wrong label but cannot name it."""
+    target, ignore_index, _ = search.labels
+    if search.shards is not None:  # the ranks' meeting has checked the labels
+        return run(search, *args)
+    n_classes = search.scores.shape[1]
+    if torch.compiler.is_compiling():
+        target = ops.checked_labels(target, n_classes, ignore_index)
+        return run(search._replace(labels=search.labels._replace(target=target)), *args)
+    try:
+        return run(search, *args)
+    except RuntimeError:
+        checks.check_labels(target, n_classes, ignore_index)
+        raise
 
 
-def make_margins(counts: list[float], max_m: float, device: torch.device | None) -> Tensor:
-    """The LDAM margins [L] of classes with these numbers of examples, float32."""
-    margins = [1.0 / n**0.25 for n in counts]
-    factor = max_m / max(margins)
-    return torch.tensor([m * factor for m in margins], dtype=torch.float32, device=device)
+def flatten(rows: Tensor) -> Tensor:
+    """[..., L] as [N, L], also where a dimension is empty."""
+    return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+
+
+def shape_result(result: Tensor, shape: torch.Size, loss: LossRequest) -> Tensor:
+    """Losses [N] or excesses [N, M] in the shape of the rows; a reduced loss has no dimensions and keeps them."""
+    if loss.criterion is None:
+        return shape_ranks(result, shape, loss.k)
+    return result.view(shape) if loss.criterion.reduction == "none" else result
+
+
+def shape_ranks(excess: Tensor, shape: torch.Size, k) -> Tensor:
+    """[N, M] in the shape of the rows, with the ranks last where ``k`` is a sequence of them."""
+    return excess.view((*shape, *excess.shape[1:]) if isinstance(k, Sequence) else shape)

@@ -1,26 +1,28 @@
 """Modules around :mod:`topk_fast.functional`, with the names, defaults and state_dict of ``pytopk``."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from inspect import Parameter as Argument
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from . import backends, checks, sharding
-from .functional import bal_noised_topk_loss, imbal_noised_topk_loss, noised_topk
+from . import backends, checks, losses, sharding
+from .criterion import Criterion, make_margins
+from .functional import noised_topk
 from .linear_gradient import unit_rows
-from .losses import make_margins
-from .request import Labels, Options
+from .request import LossRequest, Options
 
 __all__ = [
     "BalNoisedTopK",
     "ImbalNoisedTopK",
     "NoisedTopK",
+    "NoisedTopKLoss",
     "NormedLinear",
+    "SampledCrossEntropy",
 ]
 
 
@@ -35,17 +37,18 @@ class _Noised(Module):
         checks.check_source(options.seed, options.generator)
         checks.check_sampler(options.sampler)
         backends.check_name(options.backend)
-        if isinstance(options.epsilon, Tensor):  # moves with the module
+        if isinstance(options.epsilon, Tensor) and not isinstance(options.epsilon, Parameter):  # moves with the module
             self.register_buffer("epsilon", options.epsilon, persistent=False)
         else:
             self.epsilon = options.epsilon
-        self.k, self.n_sample = k, options.n_sample
+        self.k, self.n_sample, self.noise = k, options.n_sample, options.noise
         self.generator, self.seed = options.generator, options.seed
         self.sampler, self.backend = options.sampler, options.backend
 
-    def _noise(self) -> dict:
-        """The keywords that all functions take."""
-        return dict(generator=self.generator, seed=self.seed, sampler=self.sampler, backend=self.backend)
+    def options(self) -> Options:
+        """The arguments that all functions share, as they are now."""
+        source = (self.seed, self.generator, self.sampler, self.backend)
+        return Options(self.epsilon, self.n_sample, self.noise, *source, getattr(self, "process_group", None))
 
     def extra_repr(self) -> str:
         """The arguments that have no default, and all others that are not at theirs."""
@@ -55,10 +58,10 @@ class _Noised(Module):
         ).parameters.items()  # FSDP2 gives its classes a __new__ of any arguments
         for name, argument in arguments:
             value = getattr(self, name, argument.default)
-            if name == "bias":
-                value = value is not None
             if name == "cls_num_list":
                 shown.append(f"cls_num_list=<{len(value)} classes>")
+            elif isinstance(value, Tensor) and value.dim():
+                shown.append(f"{name}=<{len(value)} classes>")
             elif argument.default is Argument.empty or value is not argument.default and value != argument.default:
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
@@ -93,61 +96,145 @@ class NoisedTopK(_Noised):
     ):
         super().__init__(k, Options(epsilon, n_sample, noise, seed, generator, sampler, backend))
         checks.check_ranks(k, 1, 2**31 - 1)
-        self.dim, self.noise = checks.check_integer("dim", dim, -64, 63), noise
+        self.dim = checks.check_integer("dim", dim, -64, 63)
 
     def forward(self, x: Tensor) -> Tensor:
-        return noised_topk(x, self.k, self.epsilon, self.n_sample, self.dim, noise=self.noise, **self._noise())
+        source = dict(seed=self.seed, generator=self.generator, sampler=self.sampler, backend=self.backend)
+        return noised_topk(x, self.k, self.epsilon, self.n_sample, self.dim, noise=self.noise, **source)
 
 
 class Loss(_Noised):
-    """The part that the losses share: their parameters under the names of :mod:`topk_fast.functional`."""
+    """The part that the losses share: their arguments under the names of :mod:`topk_fast.functional`."""
 
-    def __init__(self, k, options: Options, reduction, ignore_index):
-        super().__init__(k, options)
-        checks.check_integer("k", k, 0, 2**31 - 2)
-        checks.check_reduction(reduction)
-        checks.check_ignore_index(Labels(None, ignore_index))
-        sharding.check_group(options.process_group)
-        self.reduction, self.ignore_index, self.process_group = reduction, ignore_index, options.process_group
+    link: str
+    temperature: float
+    margin: Any
+    scale: float
+    rank_weights: Sequence[float] | None
+    weight: Tensor | None
+    reduction: str
+    offset: Tensor | None
 
-    def __deepcopy__(self, memo):
-        memo[id(self.process_group)] = self.process_group  # a copy communicates with the same ranks
-        memo[id(self)] = copy = self.__new__(type(self))
-        copy.__dict__.update(deepcopy(self.__dict__, memo))
-        return copy
+    def __init__(self, loss: LossRequest):
+        super().__init__(loss.k, loss.options)
+        ranks = checks.check_top(loss.k, None, least=int(bool(loss.exclude_target)), several=loss.several)
+        self.ignore_index = checks.check_ignore_index(loss.ignore_index)
+        sharding.check_group(loss.options.process_group)
+        self.process_group = loss.options.process_group
+        self.several, self.exclude_target = loss.several, loss.exclude_target
+        checks.check_link(loss.criterion, len(ranks))
+        vectors = loss.criterion.vectors() | ({} if loss.offset is None else {"offset": loss.offset})
+        for name, x in vectors.items():
+            checks.check_class_vector(name, x, None, getattr(x, "device", None))
+        for name, value in {**loss.criterion._asdict(), "offset": loss.offset}.items():
+            if isinstance(value, Tensor) or name in ("weight", "offset"):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
 
-    def _keywords(self) -> dict:
-        """The keywords that all losses take."""
-        own = dict(reduction=self.reduction, ignore_index=self.ignore_index, process_group=self.process_group)
-        return own | self._noise()
+    def as_request(self) -> LossRequest:
+        """The loss's arguments as they are now."""
+        criterion = Criterion(
+            self.link, self.temperature, self.margin, self.scale, self.rank_weights, self.weight, self.reduction
+        )
+        return LossRequest(
+            self.k, self.options(), criterion, self.ignore_index, self.exclude_target, self.offset, self.several
+        )
 
-
-class Margins(Module):
-    """The buffer ``m_list`` of the margins, which stays exact when a module is cast, and can be made again."""
-
-    def _make_margins(self, k, max_m, counts: list[float], device) -> None:
-        checks.check_top(k, len(counts))
-        self.max_m, self.cls_num_list = checks.check_max_m(max_m), counts
-        self.register_buffer("m_list", make_margins(counts, self.max_m, device))
-
-    def reset_parameters(self) -> None:
-        """Fills ``m_list`` again from ``cls_num_list`` and ``max_m``, as after ``to_empty``."""
-        with torch.no_grad():
-            self.m_list.copy_(make_margins(self.cls_num_list, self.max_m, None))
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return losses.evaluate(input, target, self.as_request())
 
     def _apply(self, function, recurse=True):
-        exact = self.m_list
+        exact = {name: x for name, x in self._buffers.items() if x is not None}
         super()._apply(function, recurse)
-        if self.m_list.dtype != exact.dtype:  # .half() of a whole model would round the margins for good
-            self.m_list = exact.to(self.m_list.device)
+        for name, x in exact.items():  # .half() of a whole model would round the margins for good
+            if self._buffers[name].dtype != x.dtype:
+                self._buffers[name] = x.to(self._buffers[name].device)
         return self
+
+    def __deepcopy__(self, memo):
+        return sharding.copy_with_group(self, memo)
+
+
+class NoisedTopKLoss(Loss):
+    """Module of :func:`~topk_fast.functional.noised_topk_loss`: any K or several, and any link.
+
+    Fresh noise in every call, in eval mode too; a ``seed`` given here fixes it for all calls. Use a ``generator`` for
+    reproducible training. ``margin`` (if it is a tensor), ``offset`` and ``weight`` are buffers of the state_dict,
+    which keep their dtype in a model that is cast. ``epsilon`` may be a :class:`torch.nn.Parameter`, which is learned.
+
+    Example:
+        >>> import torch
+        >>> from topk_fast import NoisedTopKLoss
+        >>> criterion = NoisedTopKLoss(k=(1, 5), link="softplus", exclude_target=True, margin=0.0)
+        >>> logits = torch.randn(8, 100, requires_grad=True)
+        >>> criterion(logits, torch.randint(100, (8,))).backward()
+    """
+
+    def __init__(
+        self,
+        k: int | Sequence[int] = (1, 5),
+        epsilon: float | Tensor = 1.0,
+        n_sample: int = 5,
+        *,
+        noise: str = "normal",
+        link: str = "hinge",
+        temperature: float = 1.0,
+        margin: float | Tensor = 1.0,
+        scale: float = 1.0,
+        rank_weights: Sequence[float] | None = None,
+        exclude_target: bool = False,
+        offset: Tensor | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        sampler: str = "auto",
+        backend: str = "auto",
+        process_group=None,
+    ):
+        criterion = Criterion(link, temperature, margin, scale, rank_weights, weight, reduction)
+        options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend, process_group)
+        super().__init__(LossRequest(k, options, criterion, ignore_index, exclude_target, offset))
+
+
+class SampledCrossEntropy(Loss):
+    """Module of :func:`~topk_fast.functional.sampled_cross_entropy`: cross-entropy for training, its gradient sparse.
+
+    Fresh noise in every call, in eval mode too: evaluate with :class:`torch.nn.CrossEntropyLoss`. ``offset`` and
+    ``weight`` are buffers, as in :class:`NoisedTopKLoss`.
+
+    Example:
+        >>> import torch
+        >>> from topk_fast import LinearHead, SampledCrossEntropy
+        >>> head = LinearHead(16, 50_000, SampledCrossEntropy(n_sample=16))
+        >>> head(torch.randn(8, 16), torch.randint(50_000, (8,))).backward()
+    """
+
+    def __init__(
+        self,
+        n_sample: int = 16,
+        *,
+        offset: Tensor | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        sampler: str = "auto",
+        backend: str = "auto",
+        process_group=None,
+    ):
+        criterion = Criterion("identity", margin=0.0, weight=weight, reduction=reduction)
+        options = Options(1.0, n_sample, "gumbel", seed, generator, sampler, backend, process_group)
+        super().__init__(LossRequest(0, options, criterion, ignore_index, offset=offset))
 
 
 class BalNoisedTopK(Loss):
     """Module of :func:`~topk_fast.functional.bal_noised_topk_loss`, for data without a long tail.
 
-    Fresh noise in every call, in eval mode too; a ``seed`` given here fixes it for all calls. Use a ``generator``
-    for reproducible training.
+    Fresh noise in every call, as in :class:`NoisedTopKLoss`.
 
     Example:
         >>> import torch
@@ -172,13 +259,10 @@ class BalNoisedTopK(Loss):
         process_group=None,
     ):
         options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
-        super().__init__(k, options, reduction, ignore_index)
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return bal_noised_topk_loss(input, target, self.k, self.epsilon, self.n_sample, **self._keywords())
+        super().__init__(LossRequest(k, options, Criterion(reduction=reduction), ignore_index, several=False))
 
 
-class ImbalNoisedTopK(Margins, Loss):
+class ImbalNoisedTopK(Loss):
     """Module of :func:`~topk_fast.functional.imbal_noised_topk_loss`, for long-tailed data.
 
     ``max_m`` and ``cls_num_list`` make the margins, see :func:`~topk_fast.functional.class_margins`; they are the
@@ -193,6 +277,8 @@ class ImbalNoisedTopK(Margins, Loss):
         >>> criterion = ImbalNoisedTopK(k=1, epsilon=0.01, max_m=0.3, cls_num_list=[500, 15, 3])
         >>> criterion(head(torch.randn(8, 16)), torch.randint(3, (8,))).backward()
     """
+
+    m_list: Tensor
 
     def __init__(
         self,
@@ -211,17 +297,23 @@ class ImbalNoisedTopK(Margins, Loss):
         backend: str = "auto",
         process_group=None,
     ):
+        criterion = Criterion(scale=scale, reduction=reduction)
         options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
-        super().__init__(k, options, reduction, ignore_index)
-        checks.check_scale(scale)
-        self.scale = scale
+        super().__init__(LossRequest(k, options, criterion, ignore_index, several=False))
+        counts = checks.check_counts(cls_num_list)
+        checks.check_top(k, len(counts))
+        self.max_m, self.cls_num_list = checks.check_not_negative("max_m", max_m), counts
         device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
-        self._make_margins(k, max_m, checks.check_counts(cls_num_list), device)
+        self.register_buffer("m_list", make_margins(counts, self.max_m, device))
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return imbal_noised_topk_loss(
-            input, target, self.k, self.m_list, self.epsilon, self.scale, self.n_sample, **self._keywords()
-        )
+    def reset_parameters(self) -> None:
+        """Fills ``m_list`` again from ``cls_num_list`` and ``max_m``, as after ``to_empty``."""
+        with torch.no_grad():
+            self.m_list.copy_(make_margins(self.cls_num_list, self.max_m, None))
+
+    def as_request(self) -> LossRequest:
+        loss = super().as_request()
+        return loss._replace(criterion=loss.criterion._replace(margin=self.m_list))
 
 
 class NormedLinear(Module):

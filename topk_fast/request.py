@@ -23,6 +23,28 @@ class Options(NamedTuple):
     process_group: Any = None
 
 
+class LossRequest(NamedTuple):
+    """All that a loss is called with besides its input and target, as the user gave it."""
+
+    k: Any
+    options: Options
+    criterion: Any  # criterion.Criterion; None: the excesses themselves
+    ignore_index: Any = -100
+    exclude_target: Any = False
+    offset: Any = None  # [L], added to the scores
+    several: bool = True  # whether k may be a sequence
+
+
+class Linear(NamedTuple):
+    """A linear layer, as the user gave it; `Layer` is what the ops take of it."""
+
+    weight: Any  # [L, D], or this rank's classes
+    bias: Any = None  # [L]
+    normalize: Any = False
+    chunk_size: Any = None
+    sparse_grad: Any = False
+
+
 class Noise(NamedTuple):
     """The noise, and which ranks of the noised scores are searched."""
 
@@ -38,6 +60,10 @@ class Noise(NamedTuple):
     def k(self) -> int:
         """The length of the lists."""
         return max(self.ranks)
+
+    @property
+    def learned_epsilon(self) -> Tensor | None:
+        return self.schedule if self.schedule is not None and self.schedule.requires_grad else None
 
 
 NOISE = "Tensor seed, int[] ranks, float epsilon, Tensor? schedule, int n_sample, int law, bool dense"

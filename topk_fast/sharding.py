@@ -16,16 +16,18 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checks, reference
-from .request import Labels, Noise
+from .request import Labels, LossRequest, Noise
 
 _BLOCK = 1 << 20  # numbers whose checksum is taken at a time
 _OF_FSDP = (
@@ -87,6 +89,15 @@ def check_group(group) -> None:
         )
 
 
+def copy_with_group(module: Module, memo: dict) -> Module:
+    """A deep copy of a module, which communicates with the same ranks."""
+    group = module.process_group
+    memo[id(group)] = group
+    memo[id(module)] = copy = module.__new__(type(module))
+    copy.__dict__.update(deepcopy(module.__dict__, memo))
+    return copy
+
+
 def own_slice(n_classes: int, group) -> tuple[int, int]:
     """The first and the number of this rank's classes where they are shared out evenly, as DTensor's Shard(0) does."""
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
@@ -140,6 +151,8 @@ class Meeting:
             raise RuntimeError(
                 "torch.func does not transform a loss whose classes are sharded: call backward() or torch.autograd.grad"
             )
+        if wanted.learned_epsilon is not None:
+            raise ValueError("epsilon cannot be learned where classes are sharded: pass epsilon.detach()")
         agree = torch.compiler.disable(self._agree) if torch.compiler.is_compiling() else self._agree
         return agree(n_classes, labels, wanted, fixed_seed, tensors, facts)
 
@@ -183,23 +196,41 @@ class Meeting:
         return shards
 
 
-def agree_on(meeting: Meeting, search, hinge, *, fixed_seed: bool, tensors: dict, facts: dict):
+def agree_on(meeting: Meeting, search, loss: LossRequest, *, tensors: dict, facts: dict):
     """``search`` with the `Shards` of its ranks and rank 0's seed, after the ranks compared their arguments.
 
-    ``search`` is a `Search` or a `LinearSearch`, and ``hinge`` the loss that is made of it, or None.
+    ``search`` is a `Search` or a `LinearSearch`.
     """
     if meeting.group is None:
         return search
-    labels, wanted = search.labels, search.noise
+    labels, wanted, criterion = search.labels, search.noise, loss.criterion
     top = tuple(rank - 1 for rank in wanted.ranks)
-    facts = {"k": top, "exclude_target": labels.exclude_target} | facts
-    if hinge is not None:
-        facts, tensors = facts | hinge.facts(), tensors | hinge.tensors(labels)
+    facts = {"k": top, "exclude_target": labels.exclude_target, "offset": loss.offset is not None} | facts
+    vectors = {}
+    if criterion is not None:
+        facts, vectors = facts | criterion.facts(), criterion.vectors()
+        tensors = tensors | {name: _picked(x, labels) for name, x in vectors.items()}
+    if loss.offset is not None:
+        vectors = vectors | {"offset": loss.offset}
+        tensors = tensors | {"offset": loss.offset}
+    fixed_seed = loss.options.seed is not None
     shards: Any = meeting.agree(search.n_classes, labels, wanted, fixed_seed=fixed_seed, tensors=tensors, facts=facts)
     checks.check_top(top, shards.n_classes, least=int(labels.exclude_target))
-    if hinge is not None and hinge.margins is not None:
-        checks.check_margins(hinge.margins, shards.n_classes, hinge.margins.device, hinge.margins.dtype)
+    for name, x in vectors.items():
+        checks.check_class_vector(name, x, shards.n_classes, x.device)
     return search._replace(shards=shards, noise=wanted._replace(seed=shards.seed))
+
+
+def _picked(x: Tensor, labels: Labels) -> Tensor:
+    """The numbers of the true classes and how many numbers there are: what a rank's losses depend on."""
+    known = labels.target.masked_fill(labels.target == labels.ignore_index, 0)
+    picked = x[known.clamp(0, len(x) - 1)] if len(x) else x
+    return torch.cat([picked, picked.new_tensor([len(x)])])
+
+
+def own_classes(x: Tensor, search) -> Tensor:
+    """The numbers of this rank's classes among those of all classes."""
+    return x if search.shards is None else x.narrow(0, search.first_class, search.n_classes)
 
 
 def _checksum(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from testing import BACKENDS, NAN
-from topk_fast import LinearBalNoisedTopK, LinearImbalNoisedTopK, NormedLinear, heads, linear_op, ops
+from topk_fast import BalNoisedTopK, ImbalNoisedTopK, LinearHead, NormedLinear, heads, linear_op, ops
 from topk_fast import nn as nn_module
 from topk_fast.functional import (
     bal_noised_topk_loss,
@@ -68,10 +68,10 @@ def fused(x, weight, bias, target, kind, **more):
         x,
         weight,
         target,
-        bias if has_bias else None,
-        k=K,
-        epsilon=0.3,
-        margins=margins,
+        K,
+        0.3,
+        linear_bias=bias if has_bias else None,
+        margin=1.0 if margins is None else margins,
         scale=1.0 if margins is None else 20.0,
         normalize=normalize,
         seed=3,
@@ -127,7 +127,7 @@ def test_chunks_with_the_thinned_sampler_have_the_same_distribution():
     for seed, chunk in ((1, 800), (2, 4000)):
         bias = torch.zeros(4000, requires_grad=True)
         losses = linear_noised_topk_loss(
-            x, weight, target, bias, k=1, epsilon=1.0, n_sample=1, seed=seed, chunk_size=chunk, reduction="none"
+            x, weight, target, 1, n_sample=1, linear_bias=bias, seed=seed, chunk_size=chunk, reduction="none"
         )
         losses.sum().backward()
         found.append((losses.detach(), bias.grad))
@@ -263,9 +263,9 @@ def test_gradgradcheck(chunk, kind):
             x,
             weight,
             target,
-            bias if has_bias else None,
-            k=2,
-            epsilon=0.3,
+            2,
+            0.3,
+            linear_bias=bias if has_bias else None,
             normalize=normalize,
             chunk_size=chunk,
             seed=3,
@@ -358,7 +358,7 @@ def test_optimizers_take_sparse_gradients_and_touch_no_other_row(optimizer):
 @pytest.mark.parametrize("bias", [True, False])
 def test_sparse_adam_takes_a_whole_head(bias):
     """Its default bias too, whose gradient is as sparse as the weight's."""
-    head = LinearBalNoisedTopK(D, L, K, 0.3, bias=bias, sparse_grad=True, seed=1)
+    head = LinearHead(D, L, BalNoisedTopK(K, 0.3, seed=1), bias=bias, sparse_grad=True)
     before = [p.detach().clone() for p in head.parameters()]
     x, _, _, target = layer()
     head(x, target).backward()
@@ -370,7 +370,7 @@ def test_sparse_adam_takes_a_whole_head(bias):
 
 def test_sparse_gradients_of_computed_weights():
     """weight_norm makes the weight anew in every forward; its derivative takes dense gradients alone."""
-    head = nn.utils.parametrizations.weight_norm(LinearBalNoisedTopK(D, L, K, 0.3, sparse_grad=True))
+    head = nn.utils.parametrizations.weight_norm(LinearHead(D, L, BalNoisedTopK(K, 0.3), sparse_grad=True))
     x, _, _, target = layer()
     with pytest.raises(
         ValueError, match="sparse_grad=True needs a weight that is a leaf .* computed by .*: pass sparse"
@@ -414,7 +414,7 @@ def test_repeated_backwards_have_the_same_bits_with_any_number_of_threads(sparse
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
             grads = gradients(
-                linear_noised_topk_loss(x, weight, target, bias, k=K, epsilon=0.3, seed=1, sparse_grad=sparse),
+                linear_noised_topk_loss(x, weight, target, K, 0.3, linear_bias=bias, seed=1, sparse_grad=sparse),
                 weight,
                 bias,
             )
@@ -501,10 +501,9 @@ def test_long_rows_in_float16(form):
     "make",
     [
         lambda **more: NormedLinear(D, L, **more),
-        lambda **more: LinearImbalNoisedTopK(D, K, 0.05, 0.4, range(1, L + 1), **more),
-        lambda **more: LinearBalNoisedTopK(D, L, K, 0.3, normalize=True, bias=False, **more),
+        lambda **more: LinearHead(D, L, BalNoisedTopK(K, 0.3), normalize=True, bias=False, **more),
     ],
-    ids=["module", "imbalanced", "balanced"],
+    ids=["layer", "head"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_cosine_heads_start_with_rows_of_length_1(make, dtype):
@@ -625,7 +624,7 @@ def test_one_graph_for_all_seeds():
 
     def run(seed):
         return linear_noised_topk_loss(
-            x, weight, target, bias, k=K, epsilon=0.3, seed=seed, normalize=True, chunk_size=99
+            x, weight, target, K, 0.3, linear_bias=bias, seed=seed, normalize=True, chunk_size=99
         )
 
     torch._dynamo.reset()
@@ -692,7 +691,13 @@ def test_topk(backend, kind, chunk):
     a, w = (F.normalize(x, dim=-1), F.normalize(weight, dim=-1)) if normalize else (x, weight)
     logits = F.linear(a, w, bias if has_bias else None)
     values, classes = linear_topk(
-        x.view(3, 4, D), weight, 9, bias if has_bias else None, normalize=normalize, chunk_size=chunk, backend=backend
+        x.view(3, 4, D),
+        weight,
+        9,
+        linear_bias=bias if has_bias else None,
+        normalize=normalize,
+        chunk_size=chunk,
+        backend=backend,
     )
     assert values.shape == classes.shape == (3, 4, 9) and not values.requires_grad
     torch.testing.assert_close(values.view(N, 9), logits.topk(9).values)
@@ -712,28 +717,30 @@ def test_topk_of_all_classes_and_of_nan():
 # Modules
 
 
-def test_balanced_module_is_linear_and_loss():
+def test_a_head_is_linear_and_loss():
     torch.manual_seed(1)
-    head = LinearBalNoisedTopK(D, L, K, 0.3, seed=3)
+    head = LinearHead(D, L, BalNoisedTopK(K, 0.3, seed=3))
     linear = nn.Linear(D, L)
     linear.load_state_dict(head.state_dict())
     x, _, _, target = layer()
     same(head(x, target), bal_noised_topk_loss(linear(x), target, K, 0.3, seed=3))
-    assert torch.equal(head.topk(x)[1], linear(x).topk(K).indices)
     assert torch.equal(head.topk(x, 2)[1], linear(x).topk(2).indices)
+    same(head.logits(x), linear(x))
     assert head.weight.abs().max() <= D**-0.5 and head.bias.abs().max() <= D**-0.5
     assert abs(head.weight.std() - D**-0.5 / 3**0.5) < 0.01  # nn.Linear's first weights: uniform to 1/sqrt(D)
 
 
-def test_imbalanced_module_is_normed_linear_and_loss():
+def test_a_cosine_head_is_normed_linear_and_loss():
     torch.manual_seed(1)
     counts = range(1, L + 1)
-    head = LinearImbalNoisedTopK(D, K, 0.05, 0.4, counts, seed=3)
+    criterion = ImbalNoisedTopK(K, 0.05, 0.4, counts, seed=3)
+    head = LinearHead(D, L, criterion, bias=False, normalize=True)
     linear = NormedLinear(D, L)
     linear.load_state_dict({"weight": head.weight})
     x, _, _, target = layer()
     same(head(x, target), imbal_noised_topk_loss(linear(x), target, K, class_margins(counts, 0.4), 0.05, seed=3))
-    assert set(head.state_dict()) == {"weight", "m_list"} and head.bias is None
+    same(head.logits(x), linear(x))
+    assert set(head.state_dict()) == {"weight", "criterion.m_list"} and head.bias is None
 
 
 def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
@@ -745,8 +752,8 @@ def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
 
     monkeypatch.setattr(heads, "_BLOCK", 100)
     for make in (
-        lambda group: LinearBalNoisedTopK(D, L, K, 0.3, process_group=group),
-        lambda group: LinearImbalNoisedTopK(D, K, 0.3, 0.3, range(1, L + 1), process_group=group),
+        lambda group: LinearHead(D, L, BalNoisedTopK(K, 0.3), process_group=group),
+        lambda group: LinearHead(D, L, BalNoisedTopK(K, 0.3), bias=False, normalize=True, process_group=group),
     ):
         parts = []
         for group in (None, Group(0), Group(1), Group(2)):
@@ -765,17 +772,33 @@ def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
     "change, error, message",
     [
         (dict(input=[1.0]), TypeError, "input must be a tensor, got list"),
-        (dict(weight=torch.ones(L, D, dtype=torch.int64)), TypeError, "weight must be float32, .* got torch.int64"),
-        (dict(input=torch.ones(N, D + 1)), ValueError, r"weight \[L, D\], got shapes \[12, 17\] and \[700, 16\]"),
-        (dict(weight=torch.ones(D)), ValueError, r"weight \[L, D\], got shapes"),
         (
-            dict(weight=torch.ones(L, D).double()),
+            dict(linear_weight=torch.ones(L, D, dtype=torch.int64)),
             TypeError,
-            "weight must have input's dtype torch.float32, got torch.float64",
+            "linear_weight must be float32, .* got torch.int64",
         ),
-        (dict(bias=torch.ones(L).half()), TypeError, "bias must have input's dtype torch.float32, got torch.float16"),
-        (dict(bias=torch.ones(L - 1)), ValueError, r"bias must have shape \[L\] = \[700\], got \[699\]"),
-        (dict(weight=torch.ones(L, D, device="meta")), ValueError, "weight must be on input's device cpu, got meta"),
+        (
+            dict(input=torch.ones(N, D + 1)),
+            ValueError,
+            r"linear_weight \[L, D\], got shapes \[12, 17\] and \[700, 16\]",
+        ),
+        (dict(linear_weight=torch.ones(D)), ValueError, r"linear_weight \[L, D\], got shapes"),
+        (
+            dict(linear_weight=torch.ones(L, D).double()),
+            TypeError,
+            "linear_weight must have input's dtype torch.float32, got torch.float64",
+        ),
+        (
+            dict(linear_bias=torch.ones(L).half()),
+            TypeError,
+            "linear_bias must have input's dtype torch.float32, got torch.float16",
+        ),
+        (dict(linear_bias=torch.ones(L - 1)), ValueError, r"linear_bias must have shape \[L\] = \[700\], got \[699\]"),
+        (
+            dict(linear_weight=torch.ones(L, D, device="meta")),
+            ValueError,
+            "linear_weight must be on input's device cpu, got meta",
+        ),
         (dict(target=torch.zeros(N)), TypeError, "target must hold class indices in int64"),
         (dict(target=torch.zeros(N - 1).long()), ValueError, r"target must have shape \[12\] .* got \[11\]"),
         (dict(target=torch.full((N,), L)), IndexError, r"target must be in \[0, L - 1\] = \[0, 699\] .* got 700"),
@@ -784,8 +807,8 @@ def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
         (dict(epsilon=-1), ValueError, "epsilon must be at least 0"),
         (dict(n_sample=0), ValueError, "n_sample must be in"),
         (dict(scale=0), ValueError, "scale must be positive"),
-        (dict(margins=[1.0]), TypeError, "margins must be a tensor, got list"),
-        (dict(margins=torch.ones(3)), ValueError, r"margins must have shape \[L\] = \[700\], got \[3\]"),
+        (dict(margin=[1.0]), TypeError, "margin must be a number or a tensor .* got list"),
+        (dict(margin=torch.ones(3)), ValueError, r"margins must have shape \[L\] = \[700\], got \[3\]"),
         (dict(chunk_size=0), ValueError, "chunk_size must be in"),
         (dict(chunk_size=2.5), TypeError, "chunk_size must be an int, got float"),
         (dict(reduction="max"), ValueError, "reduction must be"),
@@ -798,7 +821,7 @@ def test_first_weights_do_not_depend_on_the_number_of_ranks(monkeypatch):
 )
 def test_errors(change, error, message):
     x, weight, bias, target = layer()
-    arguments = dict(input=x, weight=weight, target=target, bias=bias, k=K, epsilon=0.3) | change
+    arguments = dict(input=x, linear_weight=weight, target=target, linear_bias=bias, k=K, epsilon=0.3) | change
     with pytest.raises(error, match=message):
         linear_noised_topk_loss(**arguments)
 
@@ -815,7 +838,7 @@ def test_errors(change, error, message):
 )
 def test_errors_of_modules(change, error, message):
     with pytest.raises(error, match=message):
-        LinearBalNoisedTopK(**(dict(in_features=D, n_classes=L, k=K, epsilon=0.3) | change))
+        LinearHead(**(dict(in_features=D, n_classes=L, criterion=BalNoisedTopK(K, 0.3)) | change))
 
 
 @pytest.mark.parametrize("k", [0, L + 1])

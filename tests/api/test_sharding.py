@@ -22,8 +22,7 @@ from testing import BACKENDS
 from topk_fast import (
     BalNoisedTopK,
     ImbalNoisedTopK,
-    LinearBalNoisedTopK,
-    LinearImbalNoisedTopK,
+    LinearHead,
     sharding,
 )
 from topk_fast.functional import bal_noised_topk_loss, imbal_noised_topk_loss, linear_noised_topk_loss, linear_topk
@@ -96,10 +95,10 @@ def linear_case(
         x,
         weight,
         batch()[1],
-        b if bias else None,
-        k=K,
-        epsilon=0.5,
-        margins=margins,
+        K,
+        0.5,
+        linear_bias=b if bias else None,
+        margin=1.0 if margins is None else margins,
         scale=3.0,
         normalize=normalize,
         sparse_grad=sparse,
@@ -149,7 +148,7 @@ def dtensor_case(rank, world, sizes, kind):
     if kind.endswith("scores"):
         loss = bal_noised_topk_loss(leaves[0], target, K, 0.5, **common)
     else:
-        loss = linear_noised_topk_loss(leaves[0], leaves[1], target, leaves[2], k=K, epsilon=0.5, **common)
+        loss = linear_noised_topk_loss(leaves[0], leaves[1], target, K, 0.5, linear_bias=leaves[2], **common)
     loss.backward()
     if world == 0:
         return loss.detach(), *(t.grad for t in leaves)
@@ -237,15 +236,15 @@ WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must 
         "the same shape of target",
     ),
     "target": (lambda a: a | {"target": a["target"].roll(1)}, "the same target", "the same target"),
-    "margins": (lambda a: a | {"margins": MARGINS * 2}, "the same margins", "the same margins"),
-    "number of margins": (lambda a: a | {"margins": MARGINS[:-1]}, "the same margins", "the same margins"),
+    "margins": (lambda a: a | {"margin": MARGINS * 2}, "the same margins", "the same margins"),
+    "number of margins": (lambda a: a | {"margin": MARGINS[:-1]}, "the same margins", "the same margins"),
     "dtype": (
-        lambda a: {n: t.double() if n in ("input", "weight") else t for n, t in a.items()},
+        lambda a: {n: t.double() if n in ("input", "linear_weight") else t for n, t in a.items()},
         "the same dtype",
         "the same dtype",
     ),
     "width": (
-        lambda a: a | {"input": a["input"][:, 1:], "weight": a["weight"][:, 1:]},
+        lambda a: a | {"input": a["input"][:, 1:], "linear_weight": a["linear_weight"][:, 1:]},
         "the same width",
         "the same width",
     ),
@@ -262,7 +261,7 @@ WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must 
 }
 WRONG_EVERYWHERE = {  # what cannot be known before the ranks have met
     "k": (lambda a: a | {"k": 60}, r"k must be in [0, L - 1] = [0, 59], got 60"),
-    "margins": (lambda a: a | {"margins": MARGINS[:-1]}, "margins must have shape [L] = [60], got [59]"),
+    "margins": (lambda a: a | {"margin": MARGINS[:-1]}, "margins must have shape [L] = [60], got [59]"),
     "label": (lambda a: a | {"target": a["target"].clamp(max=3) + 57}, "target must be in [0, L - 1] = [0, 59]"),
 }
 
@@ -272,7 +271,7 @@ def wrong_case(rank, world, sizes, change, everywhere=False):
     x, weight, _ = layer()
     arguments = dict(
         input=x.requires_grad_(),
-        weight=weight[own],
+        linear_weight=weight[own],
         target=batch()[1],
         k=K,
         epsilon=0.5,
@@ -281,7 +280,7 @@ def wrong_case(rank, world, sizes, change, everywhere=False):
         sampler="dense",
         ignore_index=-100,
         seed=5,
-        margins=MARGINS,
+        margin=MARGINS,
         backend="auto",
     )
     if rank == 1 or everywhere:
@@ -356,27 +355,25 @@ def fsdp_case(rank, world, sizes):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     torch.manual_seed(3)
-    head = LinearBalNoisedTopK(D, L, K, 0.5, seed=4)
+    head = LinearHead(D, L, BalNoisedTopK(K, 0.5, seed=4))
     x, y = randn(N, D, seed=10 + rank), torch.arange(N) + 5 * rank
     if world == 0:
         other = randn(N, D, seed=11), torch.arange(N) + 5
         losses = head(x, y), head(*other)
         (sum(losses) / 2).backward()
-        return [loss.detach() for loss in losses], head.weight.grad, [head.topk(x)[1], head.topk(other[0])[1]]
+        return [loss.detach() for loss in losses], head.weight.grad, [head.topk(x, K)[1], head.topk(other[0], K)[1]]
     fully_shard(head, mesh=init_device_mesh("cpu", (world,)))
     loss = head(x, y)
     loss.backward()
     grad = head.weight.grad.full_tensor()
     outside = [
-        said_by(lambda: head.topk(x)),
+        said_by(lambda: head.topk(x, K)),
         said_by(lambda: linear_noised_topk_loss(x, head.weight, y, k=K, epsilon=0.5)),
     ]
-    same_batch = head.topk(randn(N, D, seed=10))[1]
+    same_batch = head.topk(randn(N, D, seed=10), K)[1]
     register_fsdp_forward_method(head, "topk")
-    best = head.topk(x)[1]
-    assert repr(head) == f"FSDPLinearBalNoisedTopK(in_features={D}, n_classes={L}, k={K}, epsilon=0.5, seed=4)", repr(
-        head
-    )
+    best = head.topk(x, K)[1]
+    assert f"BalNoisedTopK(k={K}, epsilon=0.5, seed=4)" in repr(head), repr(head)
     return loss.detach(), grad, best, outside, same_batch
 
 
@@ -388,7 +385,7 @@ def managed_case(rank, world, sizes):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.trunk, self.head = torch.nn.Linear(D, D), LinearBalNoisedTopK(D, L, K, 0.5, sparse_grad=True)
+            self.trunk, self.head = torch.nn.Linear(D, D), LinearHead(D, L, BalNoisedTopK(K, 0.5), sparse_grad=True)
 
         def forward(self, x, y):
             return self.head(self.trunk(x), y)
@@ -396,7 +393,7 @@ def managed_case(rank, world, sizes):
     mesh = init_device_mesh("cpu", (world,))
     x, y = layer()[0], batch()[1]
     replica = torch.nn.parallel.DistributedDataParallel(Model())
-    head, model = LinearBalNoisedTopK(D, L, K, 0.5, sparse_grad=True), Model()
+    head, model = LinearHead(D, L, BalNoisedTopK(K, 0.5), sparse_grad=True), Model()
     for module in (head, model):
         fully_shard(module, mesh=mesh)
     alone = Model()  # beside the others, unmanaged
@@ -411,18 +408,21 @@ def from_meta_case(rank, world, sizes):
     from torch.distributed.fsdp import fully_shard
 
     def head(device):
-        return LinearImbalNoisedTopK(D, K, 0.05, 0.3, range(1, L + 1), device=device)
+        return LinearHead(
+            D, L, ImbalNoisedTopK(K, 0.05, 0.3, range(1, L + 1)), bias=False, normalize=True, device=device
+        )
 
     torch.manual_seed(3)
     if world == 0:
         made = head(None)
-        return made.weight.detach(), made.m_list
+        return made.weight.detach(), made.criterion.m_list
     module = head("meta")
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
     module.to_empty(device="cpu")
-    module.m_list.fill_(float("nan"))
-    module.reset_parameters()
-    return module.weight.full_tensor().detach(), module.m_list
+    module.criterion.m_list.fill_(float("nan"))
+    for part in module.modules():
+        part.reset_parameters()
+    return module.weight.full_tensor().detach(), module.criterion.m_list
 
 
 def with_no_rows(scores, target):
@@ -462,18 +462,19 @@ def topk_case(rank, world, sizes, chunk, k=17):
     x, weight, b = layer()
     own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
     group = None if world == 0 else dist.group.WORLD
-    return linear_topk(x, weight[own], k, b[own], chunk_size=chunk, process_group=group)
+    return linear_topk(x, weight[own], k, linear_bias=b[own], chunk_size=chunk, process_group=group)
 
 
 def modules_case(rank, world, sizes, name):
     """A step of the modules that own a weight: the same first weights, whatever the number of ranks."""
     torch.manual_seed(3)
     group = None if world == 0 else dist.group.WORLD
-    common = dict(seed=4, sampler="dense", process_group=group)
+    source = dict(seed=4, sampler="dense")
     if name == "balanced":
-        module = LinearBalNoisedTopK(D, L, K, 0.5, **common)
+        module = LinearHead(D, L, BalNoisedTopK(K, 0.5, **source), process_group=group)
     else:
-        module = LinearImbalNoisedTopK(D, K, 0.05, 0.3, range(1, L + 1), **common)
+        criterion = ImbalNoisedTopK(K, 0.05, 0.3, range(1, L + 1), **source)
+        module = LinearHead(D, L, criterion, bias=False, normalize=True, process_group=group)
     x, target = layer()[0].requires_grad_(), batch()[1]
     loss = module(x, target)
     loss.backward()
@@ -485,7 +486,7 @@ def recipe_case(rank, world, sizes):
     torch.manual_seed(3)
     trunk = torch.nn.Linear(D, D)
     group = None if world == 0 else dist.group.WORLD
-    head = LinearBalNoisedTopK(D, L, K, 0.5, seed=4, sampler="dense", process_group=group)
+    head = LinearHead(D, L, BalNoisedTopK(K, 0.5, seed=4, sampler="dense"), process_group=group)
     x, y = randn(8, D, seed=6), torch.arange(8) * 7
     if world == 0:
         loss = head(trunk(x), y)
@@ -506,7 +507,8 @@ def recipe_case(rank, world, sizes):
 
 def copies_case(rank, world, sizes):
     """A deep copy, as averaged models make it, talks to the same ranks."""
-    head = LinearBalNoisedTopK(D, L, K, 0.5, seed=4, process_group=None if world == 0 else dist.group.WORLD)
+    group = None if world == 0 else dist.group.WORLD
+    head = LinearHead(D, L, BalNoisedTopK(K, 0.5, seed=4), process_group=group)
     x, target = layer()[0], batch()[1]
     return head(x, target).detach(), copy.deepcopy(head)(x, target).detach()
 

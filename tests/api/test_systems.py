@@ -16,10 +16,11 @@ from testing import BACKENDS, INF, NAN, randn
 from topk_fast import (
     BalNoisedTopK,
     ImbalNoisedTopK,
-    LinearBalNoisedTopK,
-    LinearImbalNoisedTopK,
+    LinearHead,
     NoisedTopK,
+    NoisedTopKLoss,
     NormedLinear,
+    SampledCrossEntropy,
     ops,
 )
 from topk_fast.functional import (
@@ -235,9 +236,11 @@ class Exported(nn.Module):
         super().__init__()
         self.trunk = nn.Linear(8, 16)
         if form == "linear":
-            self.head, self.criterion = None, LinearBalNoisedTopK(16, L, K, 0.5, **more)
+            sparse = more.pop("sparse_grad", False)
+            self.head, self.criterion = None, LinearHead(16, L, BalNoisedTopK(K, 0.5, **more), sparse_grad=sparse)
         elif form == "linear imbalanced":
-            self.head, self.criterion = None, LinearImbalNoisedTopK(16, K, 0.1, 0.3, range(1, L + 1), **more)
+            criterion = ImbalNoisedTopK(K, 0.1, 0.3, range(1, L + 1), **more)
+            self.head, self.criterion = None, LinearHead(16, L, criterion, bias=False, normalize=True)
         else:
             self.head, self.criterion = nn.Linear(16, L), MODULES[form](**more)
 
@@ -316,11 +319,15 @@ def test_meta_scores_give_meta_losses(name):
     assert noised_topk(torch.empty(2, 3, 4, device="meta"), 1, dim=1).shape == (2, 4)
 
 
-@pytest.mark.parametrize("make", [LinearBalNoisedTopK, NormedLinear])
-def test_meta_heads_give_meta_losses(make):
-    head = make(8, L, K, 1.0, device="meta") if make is LinearBalNoisedTopK else make(8, L, device="meta")
+@pytest.mark.parametrize("fused", [True, False])
+def test_meta_heads_give_meta_losses(fused):
     x = torch.empty(N, 8, device="meta", requires_grad=True)
-    out = head(x, torch.empty(N, device="meta").long()) if make is LinearBalNoisedTopK else head(x)
+    if fused:
+        head = LinearHead(8, L, BalNoisedTopK(K, 1.0), device="meta")
+        out = head(x, torch.empty(N, device="meta").long())
+    else:
+        head = NormedLinear(8, L, device="meta")
+        out = head(x)
     assert (out.device.type, out.dtype) == ("meta", torch.float32)
     out.sum().backward()
     assert (x.grad.device.type, x.grad.shape) == ("meta", (N, 8)) and head.weight.grad.shape == (L, 8)
@@ -614,8 +621,8 @@ def test_casts_leave_margins_exact(cast):
 
 FROM_META = {
     "imbalanced": MODULES["imbalanced"],
-    "linear imbalanced": lambda **more: LinearImbalNoisedTopK(8, 3, 0.7, 0.3, range(1, L + 1), **more),
-    "linear balanced": lambda **more: LinearBalNoisedTopK(8, L, 3, 0.7, **more),
+    "head": lambda **more: LinearHead(8, L, BalNoisedTopK(3, 0.7), **more),
+    "cosine head": lambda **more: LinearHead(8, L, MODULES["imbalanced"](), bias=False, normalize=True, **more),
     "cosine layer": lambda **more: NormedLinear(8, L),
 }
 
@@ -631,10 +638,13 @@ def test_from_the_meta_device(name):
         for t in module.state_dict().values():
             t.fill_(NAN)
     torch.manual_seed(2)
-    module.reset_parameters()
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
     torch.manual_seed(2)
     expected = FROM_META[name]()
-    assert_same(module.state_dict(), expected.state_dict())
+    for key, t in module.state_dict().items():
+        assert_same(t, expected.state_dict()[key])
 
 
 @pytest.mark.parametrize("name", FROM_META)
@@ -673,14 +683,13 @@ REPRS = [
         "ImbalNoisedTopK(k=1, epsilon=0.1, max_m=0.3, cls_num_list=<3 classes>, scale=20)",
     ),
     (
-        lambda: LinearBalNoisedTopK(8, 50, 5, 1.0, bias=False, sparse_grad=True, seed=torch.tensor(3)),
-        "LinearBalNoisedTopK(in_features=8, n_classes=50, k=5, epsilon=1.0, bias=False, sparse_grad=True, "
-        "seed=tensor(3))",
+        lambda: LinearHead(8, 50, SampledCrossEntropy(seed=torch.tensor(3)), bias=False, sparse_grad=True),
+        "LinearHead(\n  in_features=8, n_classes=50, bias=False, sparse_grad=True\n"
+        "  (criterion): SampledCrossEntropy(seed=tensor(3))\n)",
     ),
     (
-        lambda: LinearImbalNoisedTopK(8, 1, 0.1, 0.3, [5, 2, 1], bias=True, normalize=False, chunk_size=2),
-        "LinearImbalNoisedTopK(in_features=8, k=1, epsilon=0.1, max_m=0.3, cls_num_list=<3 classes>, bias=True, "
-        "normalize=False, chunk_size=2)",
+        lambda: NoisedTopKLoss((1, 2), margin=torch.ones(3), weight=torch.ones(3), link="softplus"),
+        "NoisedTopKLoss(k=(1, 2), link='softplus', margin=<3 classes>, weight=<3 classes>)",
     ),
     (lambda: NormedLinear(4, 3), "NormedLinear(in_features=4, out_features=3)"),
 ]

@@ -10,9 +10,8 @@ from testing import BACKENDS, INF, NAN
 from topk_fast import (
     BalNoisedTopK,
     ImbalNoisedTopK,
-    LinearBalNoisedTopK,
-    LinearImbalNoisedTopK,
     NoisedTopK,
+    NoisedTopKLoss,
     build_info,
 )
 from topk_fast.functional import (
@@ -233,9 +232,9 @@ def test_epsilon_that_is_no_number(function, bad, kind):
         CALLS[function](epsilon=bad)
 
 
-@pytest.mark.parametrize("bad, kind", [([1.0] * L, "list"), (0.5, "float"), (None, "NoneType")])
+@pytest.mark.parametrize("bad, kind", [([1.0] * L, "list"), ("0.5", "str"), (None, "NoneType")])
 def test_margins_that_are_no_tensor(bad, kind):
-    with raises(TypeError, f"margins must be a tensor, got {kind}; see class_margins"):
+    with raises(TypeError, f"margin must be a number or a tensor [L], got {kind}; see class_margins"):
         CALLS["imbalanced"](margins=bad)
 
 
@@ -256,7 +255,7 @@ def test_margins_of_a_wrong_dtype():
 
 
 def test_margins_with_gradient():
-    with raises(ValueError, "margins must be constants, got a tensor that requires grad; pass margins.detach()"):
+    with raises(ValueError, "margins must hold constants, got a tensor that requires grad; pass margins.detach()"):
         CALLS["imbalanced"](margins=MARGINS.clone().requires_grad_())
 
 
@@ -462,16 +461,7 @@ MODULES = {
         lambda **bad: ImbalNoisedTopK(**({"k": 3, "epsilon": 1.0, "max_m": 0.3, "cls_num_list": [9] * L} | bad)),
         ("loss", "scale", "classes"),
     ),
-    "linear": (
-        lambda **bad: LinearBalNoisedTopK(**({"in_features": 4, "n_classes": L, "k": 3, "epsilon": 1.0} | bad)),
-        ("loss", "scale", "classes", "chunk"),
-    ),
-    "linear imbalanced": (
-        lambda **bad: LinearImbalNoisedTopK(
-            **({"in_features": 4, "k": 3, "epsilon": 1.0, "max_m": 0.3, "cls_num_list": [9] * L} | bad)
-        ),
-        ("loss", "scale", "classes", "chunk"),
-    ),
+    "general": (lambda **bad: NoisedTopKLoss(**({"k": 3} | bad)), ("loss", "scale", "link")),
 }
 NONSENSE = [  # for which modules, argument, error, message
     ("", dict(k=-3), ValueError, "k must be in ["),
@@ -489,7 +479,17 @@ NONSENSE = [  # for which modules, argument, error, message
     ("loss", dict(ignore_index=None), TypeError, "ignore_index must be an int, got NoneType"),
     ("loss", dict(process_group="gloo"), TypeError, "process_group must be a torch.distributed.ProcessGroup"),
     ("scale", dict(scale=0.0), ValueError, "scale must be positive, got 0.0"),
-    ("chunk", dict(chunk_size=0), ValueError, "chunk_size must be in [1, 2147483647], got 0"),
+    ("link", dict(link="relu"), ValueError, "link must be 'hinge', 'softplus' or 'identity', got 'relu'"),
+    ("link", dict(temperature=0.0, link="softplus"), ValueError, "temperature must be positive, got 0.0"),
+    ("link", dict(temperature=2.0), ValueError, "temperature belongs to link='softplus', got 2.0 with link='hinge'"),
+    ("link", dict(margin="1"), TypeError, "margin must be a number or a tensor [L], got str"),
+    ("link", dict(margin=torch.ones(3, 3)), ValueError, "margins must have shape [L], got [3, 3]"),
+    ("link", dict(weight=[1.0]), TypeError, "weight must be a tensor, got list"),
+    ("link", dict(offset=torch.ones(3).long()), TypeError, "offset must be floating point, got torch.int64"),
+    ("link", dict(rank_weights=(1.0, 2.0)), ValueError, "rank_weights must have a number for each of the 1 ranks"),
+    ("link", dict(rank_weights=1.0), TypeError, "rank_weights must be a sequence of numbers, got float"),
+    ("link", dict(k=(0, 5), exclude_target=True), ValueError, "k must be in [1, 2147483646], got 0"),
+    ("link", dict(noise="cauchy"), ValueError, "noise must be 'normal' or 'gumbel', got 'cauchy'"),
 ]
 
 

@@ -13,10 +13,12 @@ import topk_fast
 from benchmarks import tables
 from benchmarks.committed import digest
 from testing import ROOT
-from topk_fast import backends, functional, linear, nn, noise
+from topk_fast import backends, functional, heads, linear, nn, noise
 
 
-@pytest.mark.parametrize("module", [topk_fast, backends, functional, linear, nn, noise], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [topk_fast, backends, functional, heads, linear, nn, noise], ids=lambda m: m.__name__
+)
 def test_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
