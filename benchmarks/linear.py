@@ -18,6 +18,7 @@ import argparse
 import importlib.util
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,12 @@ import torch.nn.functional as F
 
 from benchmarks import RESULTS, ROOT, harness, memory
 from examples.machine import environment
-from topk_fast.functional import bal_noised_topk_loss, linear_noised_topk_loss
+from topk_fast.functional import (
+    linear_noised_topk_loss,
+    linear_sampled_cross_entropy,
+    noised_topk_loss,
+    sampled_cross_entropy,
+)
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -39,17 +45,21 @@ CASES = (
     else [dict(N=256, D=128, L=100_000, dtype="float32"), dict(N=256, D=128, L=1_000_000, dtype="float32")]
 )
 CASE_SECONDS = 8 if ON_GPU else math.inf  # for the samples of a case; make gpu has little time for its three cases
-SEARCH = dict(k=5, epsilon=1.0, n_sample=5)
-PLAIN, OURS, SPARSE = "linear + cross-entropy", "topk_fast", "topk_fast, sparse_grad"
+PLAIN, SPARSE = "linear + cross-entropy", ", sparse_grad"
+SEARCH = {  # of our losses, by name
+    "sampled cross-entropy": dict(n_sample=16),
+    "noised top-5": dict(k=5, epsilon=1.0, n_sample=5),
+}
+LINEAR = {"sampled cross-entropy": linear_sampled_cross_entropy, "noised top-5": linear_noised_topk_loss}
+ON_LOGITS = {"sampled cross-entropy": sampled_cross_entropy, "noised top-5": noised_topk_loss}
 
 
 def list_candidates() -> dict:
     """Losses of (x, weight, y) by name, as far as they are installed."""
-    out = {
-        PLAIN: lambda x, weight, y: F.cross_entropy(F.linear(x, weight), y),
-        OURS: lambda x, weight, y: linear_noised_topk_loss(x, weight, y, **SEARCH),
-        SPARSE: lambda x, weight, y: linear_noised_topk_loss(x, weight, y, sparse_grad=True, **SEARCH),
-    }
+    out = {PLAIN: lambda x, weight, y: F.cross_entropy(F.linear(x, weight), y)}
+    for name, loss in LINEAR.items():
+        out[name] = partial(loss, **SEARCH[name])
+        out[name + SPARSE] = partial(loss, sparse_grad=True, **SEARCH[name])
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
         out["torch's linear_cross_entropy"] = lambda x, weight, y: F.linear_cross_entropy(x, weight, y, options=options)
@@ -82,18 +92,19 @@ def make_batch(N, D, L, dtype, exact=False):
 def check_equality(N, D, L, dtype):
     """Raises unless the linear form has its logits' losses, bit for bit, and their gradients to a few roundings."""
     x, weight, y = make_batch(16, D, L, dtype, exact=True)
-    common = SEARCH | dict(seed=1, sampler="dense", reduction="none")
-    results = []
-    for loss in (
-        linear_noised_topk_loss(x, weight, y, chunk_size=L // 3, **common),
-        bal_noised_topk_loss(F.linear(x, weight), y, **common),
-    ):
-        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (x, weight))))
-    (loss, *grads), (expected, *wanted) = results
-    eps = torch.finfo(x.dtype).eps
-    close = all((a - b).abs().max() <= 8 * eps * b.abs().max() for a, b in zip(grads, wanted))
-    if not (torch.equal(loss, expected) and close):
-        raise SystemExit(f"linear and plain form disagree at {(N, D, L, dtype)}: nothing was timed")
+    for name, search in SEARCH.items():
+        common = search | dict(seed=1, sampler="dense", reduction="none")
+        results = []
+        for loss in (
+            LINEAR[name](x, weight, y, chunk_size=L // 3, **common),
+            ON_LOGITS[name](F.linear(x, weight), y, **common),
+        ):
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (x, weight))))
+        (loss, *grads), (expected, *wanted) = results
+        eps = torch.finfo(x.dtype).eps
+        close = all((a - b).abs().max() <= 8 * eps * b.abs().max() for a, b in zip(grads, wanted))
+        if not (torch.equal(loss, expected) and close):
+            raise SystemExit(f"{name}: linear and plain form disagree at {(N, D, L, dtype)}: nothing was timed")
 
 
 class Step:
@@ -122,7 +133,7 @@ def measure(case, repeats: int) -> dict:
     """Quartiles of the milliseconds of each candidate's passes, or "out of memory"."""
     x, weight, y = make_batch(**case)
     dense, sparse = torch.optim.Adam([weight], lr=1e-6), torch.optim.SparseAdam([weight], lr=1e-6)
-    steps = {name: Step(name, x, weight, y, sparse if name == SPARSE else dense) for name in list_candidates()}
+    steps = {name: Step(name, x, weight, y, sparse if name.endswith(SPARSE) else dense) for name in list_candidates()}
     passes = {name: [step.forward, step.backward, step.update] for name, step in steps.items()}
     fitting = {}
     for name, step in steps.items():
