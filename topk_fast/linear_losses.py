@@ -25,6 +25,10 @@ def evaluate(input: Tensor, target: Tensor, linear: Linear, loss: LossRequest) -
         wanted, loss = checks.check_loss(loss, n_classes, input.device, layer.dtype)
         if layer.sparse:
             checks.check_leaves(weight=linear.weight, bias=linear.bias)
+            if linear.bias is not None and wanted.learned_epsilon is not None:
+                raise ValueError(
+                    "sparse_grad=True with a bias cannot learn epsilon: pass linear_bias=None or sparse_grad=False"
+                )
             sharding.check_unmanaged(linear.weight)
         labels = Labels(target.reshape(-1), loss.ignore_index, loss.exclude_target)
         backend = resolve(loss.options.backend, rows, layer, wanted.k)

@@ -5,11 +5,11 @@ Scores :math:`s \in R^L` of one row, noise :math:`Z_b \sim N(0, I_L)` for b = 1.
 .. math::
     v_b, c_b &= \text{value and class of the } k\text{-th largest of } s + \epsilon Z_b, \qquad
     top = \frac{1}{B} \sum_b v_b \\
-    \ell(s, y) &= \max(0,\; scale \, (m_y + top - s_y)), \qquad k = K + 1 \\
-    \partial \ell / \partial s_j &= [\ell > 0] \, scale \left(\#\{b : c_b = j\} / B - [j = y]\right)
+    \ell(s, y) &= \sum_m r_m \, scale \cdot link(m_y + top_m - s_y), \qquad k_m = K_m + 1 \\
+    \partial \ell / \partial s_j &= \sum_m r_m \, scale \cdot link' \left(\#\{b : c_{b,m} = j\} / B - [j = y]\right)
 
 Source: Garcin, Servajean, Joly, Salmon, "Stochastic smoothing of the top-K calibrated hinge loss for deep imbalanced
-classification", ICML 2022. :func:`smoothed_value` and :func:`hinge` are that, differentiable, for any noise; below
+classification", ICML 2022. :func:`smoothed_value` and :func:`loss` are that, differentiable, for any noise; below
 them stands the search for (v_b, c_b) that draws noise only where it can matter, bit-identical to the kernels.
 """
 
@@ -45,10 +45,26 @@ def mean(values: Tensor) -> Tensor:
     return total * (1.0 / values.shape[1])
 
 
-def hinge(top: Tensor, true_score: Tensor, margin: Tensor | float = 1.0, scale: float = 1.0) -> Tensor:
-    """max(0, scale * (margin + (top - true_score))), NaN where any of them is NaN; all [N]."""
-    excess = (margin + (top - true_score)) * scale
-    return torch.where(excess <= 0, torch.zeros_like(excess), excess)
+def loss(
+    tops: Tensor,
+    true_score: Tensor,
+    margin: Tensor | float = 1.0,
+    scale: float = 1.0,
+    link: str = "hinge",
+    temperature: float = 1.0,
+    rank_weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Sum over m of ``r_m * scale * link(margin + (tops[m] - true_score))``, NaN where any of them is NaN.
+
+    tops is [N, M], true_score [N], margin [N] or a number; the result is [N].
+    """
+    x = (margin + (tops.t() - true_score)).t()
+    if link == "hinge":
+        x = torch.where(x <= 0, torch.zeros_like(x), x)
+    elif link == "softplus":  # in the form that does not overflow
+        x = temperature * (torch.log1p(torch.exp(-(x / temperature).abs())) + (x / temperature).clamp(min=0))
+    weights = torch.ones_like(x[0]) if rank_weights is None else x.new_tensor(rank_weights)
+    return (scale * x * weights).sum(1)
 
 
 def dense_noise(

@@ -102,7 +102,7 @@ def test_equals_autograd_through_the_formula(epsilon, dtype, name, backend):
 
     def formula(s):
         top = reference.smoothed_value(s, z, k + 1, epsilon)
-        return reference.hinge(top, s.gather(1, y[:, None])[:, 0], margin, scale)
+        return reference.loss(top[:, None], s.gather(1, y[:, None])[:, 0], margin, scale)
 
     options = {"n_sample": n_sample, "seed": SEED, "sampler": "dense", "backend": backend}
     function = partial(LOSSES[name], y=y, k=k, epsilon=epsilon, reduction="none", **options)
