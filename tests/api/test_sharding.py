@@ -25,7 +25,14 @@ from topk_fast import (
     LinearHead,
     sharding,
 )
-from topk_fast.functional import bal_noised_topk_loss, imbal_noised_topk_loss, linear_noised_topk_loss, linear_topk
+from topk_fast.functional import (
+    bal_noised_topk_loss,
+    imbal_noised_topk_loss,
+    linear_noised_topk_loss,
+    linear_topk,
+    noised_topk_loss,
+    sampled_cross_entropy,
+)
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo"
@@ -67,6 +74,13 @@ LOSSES = {
     "balanced": lambda x, y, **more: bal_noised_topk_loss(x, y, K, 0.5, **more),
     "imbalanced": lambda x, y, **more: imbal_noised_topk_loss(x, y, K, MARGINS, 0.5, 7.0, **more),
 }
+OFFSET, WEIGHT = torch.linspace(-2.0, 1.0, L).round(), torch.linspace(0.5, 2.0, L)
+FAMILY = dict(link="softplus", margin=MARGINS, rank_weights=(1.0, 0.5), offset=OFFSET, weight=WEIGHT)
+LOSSES_OF_CLASSES = {
+    "family": lambda x, y, **more: noised_topk_loss(x, y, (1, K), 0.5, **FAMILY, **more),
+    "family without the target": lambda x, y, **more: noised_topk_loss(x, y, (1, K), exclude_target=True, **more),
+    "sampled": lambda x, y, **more: sampled_cross_entropy(x, y, 6, offset=OFFSET, weight=WEIGHT, **more),
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What the ranks run. A case gets (rank, world) and returns what is to be compared.
@@ -79,13 +93,15 @@ def scores_case(rank, world, sizes, name, dtype, reduction, backend, sampler="de
     own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
     x = scores[:, own].clone().requires_grad_()
     group = None if world == 0 else dist.group.WORLD
-    loss = LOSSES[name](x, target, seed=5, reduction=reduction, sampler=sampler, backend=backend, process_group=group)
+    loss = (LOSSES | LOSSES_OF_CLASSES)[name](
+        x, target, seed=5, reduction=reduction, sampler=sampler, backend=backend, process_group=group
+    )
     loss.sum().backward()
     return loss.detach(), x.grad
 
 
 def linear_case(
-    rank, world, sizes, dtype="float32", bias=True, normalize=False, sparse=False, chunk=None, margins=None
+    rank, world, sizes, dtype="float32", bias=True, normalize=False, sparse=False, chunk=None, margins=None, **criterion
 ):
     x, weight, b = layer(DTYPES[dtype])
     own = slice(None) if world == 0 else part_of(sizes_of(sizes, world), rank)
@@ -95,11 +111,9 @@ def linear_case(
         x,
         weight,
         batch()[1],
-        K,
-        0.5,
+        epsilon=0.5,
         linear_bias=b if bias else None,
-        margin=1.0 if margins is None else margins,
-        scale=3.0,
+        **(dict(k=K, margin=1.0 if margins is None else margins, scale=3.0) | criterion),
         normalize=normalize,
         sparse_grad=sparse,
         chunk_size=chunk,
@@ -124,6 +138,10 @@ def with_all_ignored(scores, target):
 
 def with_more_dimensions(scores, target):
     return scores.view(3, 3, L).transpose(1, 2), target.view(3, 3)
+
+
+def linear_family_case(rank, world, sizes, sparse):
+    return linear_case(rank, world, sizes, sparse=sparse, k=(1, K), **FAMILY)
 
 
 def dtensor_case(rank, world, sizes, kind):
@@ -238,6 +256,15 @@ WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must 
     "target": (lambda a: a | {"target": a["target"].roll(1)}, "the same target", "the same target"),
     "margins": (lambda a: a | {"margin": MARGINS * 2}, "the same margins", "the same margins"),
     "number of margins": (lambda a: a | {"margin": MARGINS[:-1]}, "the same margins", "the same margins"),
+    "offset": (lambda a: a | {"offset": OFFSET + 1}, "the same offset", "the same offset"),
+    "no offset": (lambda a: a | {"offset": None}, "the same offset", "the same offset"),
+    "weight": (lambda a: a | {"weight": WEIGHT * 2}, "the same weight", "the same weight"),
+    "link": (lambda a: a | {"link": "softplus"}, "the same link", "the same link"),
+    "learned epsilon": (
+        lambda a: a | {"epsilon": torch.tensor(0.5, requires_grad=True)},
+        "rank 1 cannot take part",
+        "epsilon cannot be learned where classes are sharded",
+    ),
     "dtype": (
         lambda a: {n: t.double() if n in ("input", "linear_weight") else t for n, t in a.items()},
         "the same dtype",
@@ -262,6 +289,7 @@ WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must 
 WRONG_EVERYWHERE = {  # what cannot be known before the ranks have met
     "k": (lambda a: a | {"k": 60}, r"k must be in [0, L - 1] = [0, 59], got 60"),
     "margins": (lambda a: a | {"margin": MARGINS[:-1]}, "margins must have shape [L] = [60], got [59]"),
+    "offset": (lambda a: a | {"offset": OFFSET[:-1]}, "offset must have shape [L] = [60], got [59]"),
     "label": (lambda a: a | {"target": a["target"].clamp(max=3) + 57}, "target must be in [0, L - 1] = [0, 59]"),
 }
 
@@ -281,6 +309,8 @@ def wrong_case(rank, world, sizes, change, everywhere=False):
         ignore_index=-100,
         seed=5,
         margin=MARGINS,
+        offset=OFFSET,
+        weight=WEIGHT,
         backend="auto",
     )
     if rank == 1 or everywhere:
@@ -556,6 +586,11 @@ CASES = {
         for dtype in DTYPES
         for backend in BACKENDS
     },
+    **{
+        f"{name}, {sizes}": (scores_case, sizes, name, "float32", reduction, "auto")
+        for name in LOSSES_OF_CLASSES
+        for sizes, reduction in (("ragged", "none"), ("empty and single", "mean"))
+    },
     **{f"reduction {r}": (scores_case, "ragged", "imbalanced", "float32", r, "auto") for r in ("mean", "sum")},
     "NaN and masks": (scores_case, "ragged", "balanced", "float32", "none", "auto", "dense", with_nan_and_masks),
     "more dimensions": (scores_case, "ragged", "balanced", "float32", "none", "auto", "dense", with_more_dimensions),
@@ -567,6 +602,8 @@ CASES = {
     "linear with a sparse gradient": (linear_case, "empty and single", "float32", True, True, True),
     "linear in chunks": (linear_case, "ragged", "float32", True, False, False, 7),
     "linear with margins": (linear_case, "even", "float32", True, False, False, None, MARGINS),
+    "linear family": (linear_family_case, "ragged", False),
+    "linear family with a sparse gradient": (linear_family_case, "empty and single", True),
     "top-k": (topk_case, "ragged", None),
     "top-k in chunks": (topk_case, "empty and single", 7),
     "top-k: the best alone": (topk_case, "ragged", None, 1),
@@ -661,7 +698,7 @@ def alone(name):
 
 every_world = pytest.mark.parametrize("world", WORLDS)
 SCORES = [name for name, (case, *_) in CASES.items() if case is scores_case]
-LINEAR = [name for name, (case, *_) in CASES.items() if case in (linear_case, modules_case)]
+LINEAR = [name for name, (case, *_) in CASES.items() if case in (linear_case, linear_family_case, modules_case)]
 
 
 def same(a, b):

@@ -30,19 +30,24 @@ from topk_fast.functional import (
     linear_noised_topk_loss,
     noised_topk,
     noised_topk_candidates,
+    noised_topk_loss,
+    sampled_cross_entropy,
 )
 from topk_fast.request import Labels, Noise, Place, Slice
 
 N, L, K = 6, 300, 5
 MARGINS = torch.linspace(0.1, 1.0, L)
 
-# As function(scores, target, **options), so that one test serves all three.
+# As function(scores, target, **options), so that one test serves all of them.
 FUNCTIONS = {
     "value": lambda x, y, **more: noised_topk(x, K, **more).mean(),
     "balanced": lambda x, y, **more: bal_noised_topk_loss(x, y, K, **more),
     "imbalanced": lambda x, y, **more: imbal_noised_topk_loss(x, y, K, MARGINS, 0.5, 3.0, **more),
+    "family": lambda x, y, **more: noised_topk_loss(x, y, (1, K), **FAMILY, **more),
+    "sampled": lambda x, y, n_sample=6, **more: sampled_cross_entropy(x, y, n_sample, **more),
 }
-LOSSES = ["balanced", "imbalanced"]
+FAMILY = dict(link="softplus", margin=MARGINS, rank_weights=(1.0, 0.5))
+LOSSES = ["balanced", "imbalanced", "family", "sampled"]
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -238,6 +243,8 @@ class Exported(nn.Module):
         if form == "linear":
             sparse = more.pop("sparse_grad", False)
             self.head, self.criterion = None, LinearHead(16, L, BalNoisedTopK(K, 0.5, **more), sparse_grad=sparse)
+        elif form == "linear sampled":
+            self.head, self.criterion = None, LinearHead(16, L, SampledCrossEntropy(6, offset=-MARGINS, **more))
         elif form == "linear imbalanced":
             criterion = ImbalNoisedTopK(K, 0.1, 0.3, range(1, L + 1), **more)
             self.head, self.criterion = None, LinearHead(16, L, criterion, bias=False, normalize=True)
@@ -263,7 +270,7 @@ def test_an_exported_graph_makes_sparse_gradients():
     assert_same(given.to_dense(), expected.to_dense())
 
 
-@pytest.mark.parametrize("form", ["value", "balanced", "imbalanced", "linear", "linear imbalanced"])
+@pytest.mark.parametrize("form", ["value", *LOSSES, "linear", "linear imbalanced", "linear sampled"])
 @every_backend
 @pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 def test_an_exported_graph_trains(form, backend, strict):
@@ -561,6 +568,8 @@ MODULES = {
     "imbalanced": lambda **more: ImbalNoisedTopK(
         3, 0.7, 0.3, range(1, L + 1), 20, 6, reduction="sum", ignore_index=1, **more
     ),
+    "family": lambda **more: NoisedTopKLoss((1, K), reduction="sum", ignore_index=1, **FAMILY, **more),
+    "sampled": lambda **more: SampledCrossEntropy(6, offset=-MARGINS, reduction="sum", ignore_index=1, **more),
 }
 
 
