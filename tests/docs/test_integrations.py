@@ -32,34 +32,43 @@ except RuntimeError:
     for name in ("nms", "qnms"):
         schemas.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
-# By framework: what runs before the block, and what must hold after it.
-FRAMEWORKS = {
-    "lightning": ("", "accuracy = float(trainer.callback_metrics['top-k accuracy'])"),
-    "transformers": ("", "accuracy = measured['eval_top-5']"),
-    "timm": (TORCHVISION, "accuracy = (model(x).topk(5).indices == y[:, None]).any(1).float().mean()"),
-}
+# The marked blocks in their order: the framework, what runs before the block, and what must hold after it.
+SNIPPETS = [
+    ("lightning", "", "accuracy = trainer.callback_metrics['top-k accuracy']"),
+    ("lightning", "", "accuracy = trainer.callback_metrics['top-5 accuracy']"),
+    ("transformers", "", "accuracy = measured['eval_top-5']"),
+    (
+        "transformers",
+        "",
+        "assert 0 <= measured['eval_loss'] < 0.1\naccuracy = (generated == tokens).float().mean()",
+    ),
+    ("timm", TORCHVISION, "accuracy = (model(x).topk(5).indices == y[:, None]).any(1).float().mean()"),
+]
 APART = Path(sys.prefix) / "timm"  # timm with its torchvision, which would break other packages' imports
 
 
-def blocks(framework):
+@pytest.fixture(scope="module")
+def marked():
+    """The marked blocks of integrations.md: pairs of a framework and a text."""
     text = (DOCS / "integrations.md").read_text()
-    return re.findall(rf"^```python {framework}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```python (\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_every_marked_block_has_a_test():
-    assert {*re.findall(r"^```python (\w+)$", (DOCS / "integrations.md").read_text(), re.MULTILINE)} == {*FRAMEWORKS}
+def test_every_marked_block_has_a_test(marked):
+    assert [framework for framework, _ in marked] == [framework for framework, _, _ in SNIPPETS]
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_framework(framework, tmp_path):
-    """The snippet runs as it stands, and its model ranks the true class among the first five of almost all rows."""
+@pytest.mark.parametrize("index", range(len(SNIPPETS)), ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(SNIPPETS)])
+def test_framework(index, marked, tmp_path):
+    """The snippet runs as it stands, and its model gets almost all rows right: the true class is among its first five,
+    and a language model generates the true tokens.
+    """
+    framework, before, after = SNIPPETS[index]
     path = [str(ROOT)] + [str(APART)] * (framework == "timm")
     if not (importlib.util.find_spec(framework) or (framework == "timm" and (APART / framework).is_dir())):
         pytest.skip(f"{framework} is not installed; make test installs it into .venv")
-    before, after = FRAMEWORKS[framework]
-    (block,) = blocks(framework)
-    seeded = f"import torch\ntorch.set_num_threads(1)\ntorch.manual_seed(0)\n{before}\n{block}\n"
-    check = f"{after}\nprint('accuracy', accuracy)\nassert accuracy > 0.9, accuracy\n"
+    seeded = f"import torch\ntorch.set_num_threads(1)\ntorch.manual_seed(0)\n{before}\n{marked[index][1]}\n"
+    check = f"{after}\nprint('accuracy', float(accuracy))\nassert accuracy > 0.9, accuracy\n"
     (tmp_path / "snippet.py").write_text(seeded + check)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -158,7 +167,7 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
 
 
-# integrations.md's table: three values of one argument, and the graphs compiled after each call.
+# integrations.md's table: some values of one argument, and the graphs compiled after each call.
 ANEW = {
     "target": ([torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64), torch.arange(6)], [1, 1, 1]),
     "seed": ([torch.tensor(1), torch.tensor(2), torch.tensor(3)], [1, 1, 1]),
@@ -170,6 +179,14 @@ ANEW = {
     "reduction": (["mean", "sum", "none"], [1, 2, 3]),
     "scale": ([50.0, 20.0, 10.0], [1, 2, 2]),
     "noise": (["normal", "gumbel", "normal"], [1, 2, 2]),
+    "link": (["hinge", "softplus", "identity"], [1, 2, 3]),
+    "temperature": ([1.0, 0.5, 0.25], [1, 2, 2]),
+    "margin": ([1.0, 0.5, 0.25, 0.0], [1, 2, 2, 3]),
+    "a tensor as margin": ([torch.ones(300), torch.zeros(300), torch.arange(300.0)], [1, 1, 1]),
+    "rank_weights": ([(1.0,), (2.0,), (3.0,)], [1, 2, 2]),
+    "exclude_target": ([False, True, False], [1, 2, 2]),
+    "offset": ([torch.zeros(300), torch.ones(300), torch.arange(300.0)], [1, 1, 1]),
+    "weight": ([torch.ones(300), torch.zeros(300), torch.arange(300.0)], [1, 1, 1]),
     "epsilon": ([1.0, 0.5, 0.25], None),
     "a tensor as epsilon": ([torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.25)], [1, 1, 1]),
 }
@@ -177,6 +194,9 @@ ANEW = {
 FUNCTIONS = {
     "scale": (functional.imbal_noised_topk_loss, {"margins": torch.ones(300), "epsilon": 0.1}),
     "noise": (functional.noised_excess, {}),
+    "temperature": (functional.noised_topk_loss, {"link": "softplus"}),
+    **{name: (functional.noised_topk_loss, {}) for name in ("link", "margin", "a tensor as margin", "rank_weights")},
+    **{name: (functional.noised_topk_loss, {}) for name in ("exclude_target", "offset", "weight")},
 }
 
 
