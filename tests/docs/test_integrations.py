@@ -40,7 +40,8 @@ SNIPPETS = [
     (
         "transformers",
         "",
-        "assert 0 <= measured['eval_loss'] < 0.1\naccuracy = (generated == tokens).float().mean()",
+        "assert model.loss_type == 'ForCausalLM' and 0 <= measured['eval_loss'] < 0.1\n"
+        "accuracy = (generated == tokens).float().mean()",
     ),
     ("timm", TORCHVISION, "accuracy = (model(x).topk(5).indices == y[:, None]).any(1).float().mean()"),
 ]
