@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data_sets import species
 from data_sets.dataset import Dataset, shuffle_within_classes
+from data_sets.debian import PackageUnavailable
 from machine import PeakMemory, environment
 from report import table
 from topk_fast import BalNoisedTopK, LinearHead
@@ -152,7 +153,7 @@ def main() -> None:
     talks = group is None or group.rank() == 0
     try:
         data = species.load(args.cache, whole=True)
-    except species.PackageUnavailable as error:
+    except PackageUnavailable as error:
         sys.exit(f"error: {error}")
     train_rows, test_rows = split(data.target, 0)
     if args.validation:

@@ -21,6 +21,7 @@ from torch import Tensor
 import tuning
 from data_sets import glyphs, species
 from data_sets.dataset import Dataset, Split, split_rows
+from data_sets.debian import PackageUnavailable
 from defaults import DEFAULTS, EPOCHS, WELL_KNOWN
 from evaluation import accuracies, by_frequency, curve, look_up, loss_step_ms, ranks
 from machine import environment
@@ -42,7 +43,7 @@ def main() -> None:
     start = time.perf_counter()
     try:
         data = (species if args.data == "species" else glyphs).load(args.cache)
-    except species.PackageUnavailable as error:
+    except PackageUnavailable as error:
         sys.exit(f"error: {error}")
     split = split_rows(data.target, SPLIT_SEED)
     described = describe(data, split)

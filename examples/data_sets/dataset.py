@@ -1,17 +1,30 @@
-"""The form of both data sets, and the split of their rows."""
+"""The form of the labelled data sets and the split of their rows; the cache of all data sets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+Kind = TypeVar("Kind", bound="Stored")
+
+
+class Stored:
+    """A dataclass of arrays, lists and strings that is kept in an .npz file; `load` of the dataclass reads it."""
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp.npz")  # an interrupted run leaves no half-written cache behind
+        np.savez_compressed(partial, **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)})
+        partial.replace(path)
+
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(Stored):
     """Labelled rows over distinct inputs: many rows may share one input, under one class or several."""
 
     name: str
@@ -31,23 +44,17 @@ class Dataset:
         classes_of_input = np.bincount(pairs[0], minlength=len(self.inputs))
         return float((classes_of_input[self.group] > 1).mean())
 
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp.npz")  # an interrupted run leaves no half-written cache behind
-        np.savez_compressed(partial, **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)})
-        partial.replace(path)
-
     @classmethod
     def load(cls, path: Path) -> Dataset:
         with np.load(path, allow_pickle=False) as z:
             return cls(str(z["name"]), z["classes"].tolist(), z["inputs"], z["group"], z["target"])
 
 
-def cached(path: Path, build: Callable[[], Dataset]) -> Dataset:
+def cached(path: Path, build: Callable[[], Kind], kind: type[Kind] = Dataset) -> Kind:
     """The data set stored at `path`, which is built and stored there first if necessary."""
     if not path.exists():
         build().save(path)
-    return Dataset.load(path)
+    return kind.load(path)
 
 
 def shuffle_within_classes(target: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

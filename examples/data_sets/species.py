@@ -5,11 +5,7 @@ The records are GenBank's (NCBI), the selection is SILVA SSURef release 93; Debi
 
 from __future__ import annotations
 
-import hashlib
 import re
-import shutil
-import subprocess
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -18,9 +14,14 @@ from tqdm import tqdm
 
 from .blastdb import IUPAC, BlastDatabase
 from .dataset import Dataset, cached
+from .debian import Package
 
-PACKAGE = "ncbi-rrna-data"
-SHA256 = "6a66c1c170eb5a3f1b7d806ad7787fb57ee0a9db26a488b90bc722c440ad327f"  # 6.1.20170106+dfsg1-10, Debian 12
+PACKAGE = Package(
+    "ncbi-rrna-data",
+    "6.1.20170106+dfsg1-10 (Debian 12)",
+    "6a66c1c170eb5a3f1b7d806ad7787fb57ee0a9db26a488b90bc722c440ad327f",
+    otherwise="; or use --data glyphs, which needs no download",
+)
 DATABASE = "SSURef_93.fasta"
 MIN_ROWS = 4  # a species needs one row in each part of the split, and a second one for training
 KMER = 6
@@ -48,10 +49,6 @@ NOT_NAMED = re.compile(
 NAME = re.compile(r"\|\s*([A-Z][a-z]+) ([a-z]{2}[a-z-]*[a-z])(?=[\s,;]|$)")
 
 
-class PackageUnavailable(RuntimeError):
-    """The Debian package could not be fetched or unpacked; the message says what to do."""
-
-
 def load(cache: Path, whole: bool = False) -> Dataset:
     """The data set from `cache`, which is downloaded and parsed on first use.
 
@@ -61,46 +58,11 @@ def load(cache: Path, whole: bool = False) -> Dataset:
     """
 
     def build() -> Dataset:
-        with tempfile.TemporaryDirectory(dir=cache) as unpacked:
-            return parse(unpack(fetch(cache), Path(unpacked)), whole)
+        with PACKAGE.unpacked(cache) as files:
+            return parse(next(files.rglob(f"{DATABASE}.nin")).with_suffix(""), whole)
 
     cache.mkdir(parents=True, exist_ok=True)
     return cached(cache / ("species_whole.npz" if whole else "species.npz"), build)
-
-
-def fetch(cache: Path) -> Path:
-    """The checked .deb, downloaded with apt-get unless it stands in `cache`; no root needed."""
-    package = next(cache.glob(f"{PACKAGE}_*.deb"), None)
-    if package is None:
-        _run(["apt-get", "download", PACKAGE], cache)
-        package = next(cache.glob(f"{PACKAGE}_*.deb"))
-    digest = hashlib.sha256(package.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise PackageUnavailable(
-            f"{package} has sha256 {digest}, not {SHA256}: another version, or a broken download.\n"
-            f"Remedy: delete it, put {PACKAGE} 6.1.20170106+dfsg1-10 (Debian 12) there, or use --data glyphs."
-        )
-    return package
-
-
-def unpack(package: Path, folder: Path) -> Path:
-    """Unpack the package's files into `folder`; the database's path without its suffix."""
-    _run(["dpkg-deb", "--extract", str(package), str(folder)], folder)
-    return next(folder.rglob(f"{DATABASE}.nin")).with_suffix("")
-
-
-def _run(command: list[str], folder: Path) -> None:
-    remedy = (
-        f"Remedy: on Debian 12, run `apt-get update` (as root) and try again; elsewhere, put {PACKAGE}'s .deb of\n"
-        "Debian 12 into the --cache folder (dpkg-deb is still needed); or use --data glyphs, which needs no download."
-    )
-    if shutil.which(command[0]) is None:
-        raise PackageUnavailable(
-            f"{command[0]} is not installed, so {PACKAGE} cannot be downloaded or unpacked.\n{remedy}"
-        )
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PackageUnavailable(f"`{' '.join(command)}` failed:\n{done.stderr.strip()}\n{remedy}")
 
 
 def parse(database: Path, whole: bool = False) -> Dataset:

@@ -28,6 +28,7 @@ import tuning  # noqa: E402
 from data_sets import glyphs, species  # noqa: E402
 from data_sets.blastdb import IUPAC, BlastDatabase  # noqa: E402
 from data_sets.dataset import Dataset, cached, shuffle_within_classes, split_rows  # noqa: E402
+from data_sets.debian import PackageUnavailable  # noqa: E402
 
 FORWARD, REVERSE = "CAGCAGCCGCGGTAA", "ATTAGATACCCTGGT"
 
@@ -182,13 +183,13 @@ def test_parse_keeps_species_with_enough_v4_regions(tmp_path):
 
 def test_another_package_is_refused(tmp_path):
     (tmp_path / "ncbi-rrna-data_0_all.deb").write_bytes(b"not the package")
-    with pytest.raises(species.PackageUnavailable, match="--data glyphs"):
+    with pytest.raises(PackageUnavailable, match="--data glyphs"):
         species.load(tmp_path)
 
 
 def test_missing_apt_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(species.PackageUnavailable, match=r"apt-get is not installed(.|\n)*--data glyphs"):
+    with pytest.raises(PackageUnavailable, match=r"apt-get is not installed(.|\n)*--data glyphs"):
         species.load(tmp_path)
 
 
