@@ -378,7 +378,7 @@ def test_the_right_guess_is_starred():
     assert report.guesses_text({"a": ["b", "a"], "bb": ["c", "d"]}).splitlines() == ["a   b, *a*", "bb  c, d"]
 
 
-@pytest.mark.parametrize("script", ["demo.py", "all_species.py"])
+@pytest.mark.parametrize("script", ["demo.py", "all_species.py", "language_model.py"])
 def test_examples_import_nothing_of_the_checkout(script):
     """As a user runs them: the package is installed, and the repository is not on the path."""
     folder = Path(demo.__file__).parent

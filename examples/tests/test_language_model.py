@@ -1,21 +1,30 @@
-"""Contract under test: the dictionary's words and parts are as the docstrings say.
+"""Contract under test: the language model's text, training, perplexity and command line are as the docstrings say.
 
 No network: the tests write the dictionaries they read.
 """
 
 import gzip
 import hashlib
+import json
 import shutil
 import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 for needed in ("matplotlib", "tqdm"):
     pytest.importorskip(needed, reason=f"the example needs {needed}, which the package itself does not")
 
+import language_model  # noqa: E402
+import language_training  # noqa: E402
 from data_sets import dictionary  # noqa: E402
 from data_sets.debian import Package, PackageUnavailable  # noqa: E402
+from language_training import LENGTH, SEQUENCES, Run, Training, batches, perplexity  # noqa: E402
+from machine import PeakMemory  # noqa: E402
 
 ENTRY = r"""Benefit \Ben"e*fit\, n. [OE. benefet, fr. L. benefactum; cf. {Fact}.]
    1. An act of kindness; a favor -- man's
@@ -96,3 +105,127 @@ def test_another_package_is_refused(tmp_path):
     (tmp_path / "dict-gcide_0_all.deb").write_bytes(b"not the package")
     with pytest.raises(PackageUnavailable, match=r"put dict-gcide 0.48.5\+nmu2 \(Debian 12\) there\.$"):
         dictionary.load(tmp_path)
+
+
+def test_batches_read_all_parts_at_the_same_pace():
+    text = np.arange(SEQUENCES * 70 + 3, dtype=np.int32)
+    words, target = (torch.cat(listed, 1) for listed in zip(*((w, t.view_as(w)) for w, t in batches(text))))
+    parts = torch.arange(SEQUENCES * 70).view(SEQUENCES, 70)
+    assert [w.shape[1] for w, _ in batches(text)] == [LENGTH, LENGTH, 69 - 2 * LENGTH]
+    assert torch.equal(words, parts[:, :-1]) and torch.equal(target, parts[:, 1:])
+
+
+@pytest.fixture
+def text():
+    return dictionary.parse(tiny_dictionary(1000))
+
+
+def make_run(name, steps, seed=3):
+    """A run with settings that suit the tiny dictionary, unlike those of the script."""
+    return Run(name, replace(language_model.LOSSES[name], lr=3e-3, eps=1e-8), seed, steps, evaluations=2)
+
+
+def test_a_step_is_that_of_plain_back_propagation(text):
+    """The backward pass in two parts, which the clocks need, gives the parameters that a pass in one gives."""
+    ours, plain = (Training(make_run("cross-entropy", steps=5), text) for _ in range(2))
+    optimizer = plain.optimizers[0]
+    for _ in range(5):
+        words, target = next(plain.batches)
+        output, state = plain.body.recurrent(plain.body.embedding(words), plain.state)
+        plain.state = state.detach()
+        loss = nn.functional.cross_entropy(nn.functional.linear(output, *plain.head.parameters()).flatten(0, 1), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plain.schedules[0].step()
+        assert ours.step() == pytest.approx(float(loss.detach()), rel=1e-5)
+    for mine, theirs in zip((*ours.body.parameters(), *ours.head.parameters()), optimizer.param_groups[0]["params"]):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_start_at_different_words_and_repeat_themselves(text):
+    same, again = (Training(make_run("sampled, B = 16", steps=2), text) for _ in range(2))
+    other = Training(make_run("sampled, B = 16", steps=2, seed=4), text)
+    words = [next(training.batches)[0] for training in (same, again, other)]
+    assert torch.equal(words[0], words[1]) and not torch.equal(words[0], words[2])
+
+
+def test_perplexity_is_that_of_one_pass_over_the_text(text):
+    training = Training(make_run("sampled, B = 16", steps=1), text)
+    words = text.train[: SEQUENCES * 100]
+    parts = torch.from_numpy(words).long().view(SEQUENCES, -1)
+    features, _ = training.body(parts[:, :-1], None)
+    logits = nn.functional.linear(features.double(), *(p.double() for p in training.head.parameters()))
+    expected = nn.functional.cross_entropy(logits, parts[:, 1:].flatten()).exp().item()
+    assert perplexity(training.body, training.head, words) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", language_model.LOSSES)
+def test_training_learns_how_common_words_are(text, name):
+    """Words are drawn independently, so the perplexity that a model can reach is that of their frequencies."""
+    _, _, measured = language_training.train(make_run(name, steps=60), text, PeakMemory())
+    share = torch.from_numpy(np.bincount(text.train) / len(text.train))
+    best = nn.functional.nll_loss(share.log().expand(len(text.val), -1), torch.from_numpy(text.val).long()).exp()
+    assert measured["curve"][-1]["validation perplexity"] == pytest.approx(float(best), rel=0.15)
+    assert [point["step"] for point in measured["curve"]] == [30, 60]
+
+
+def test_a_step_contains_the_head(text):
+    times = language_training.time_steps(language_model.LOSSES, text, rounds=3)
+    assert list(times) == list(language_model.LOSSES)
+    for taken in times.values():
+        assert 0 < taken["CPU ms of head"] <= taken["CPU ms a step"] and 0 < taken["ms of head"] < taken["ms a step"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, text):
+    """Runs the command line on the tiny dictionary; what it wrote as JSON."""
+    monkeypatch.setattr(dictionary, "load", lambda cache: text)
+
+    def run(*options):
+        out = tmp_path / "out" / "runs.json"
+        command = ["examples/language_model.py", "--steps", "4", "--evaluations", "2", "--out", str(out), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        language_model.main()
+        return json.loads(out.read_text())
+
+    return run
+
+
+def test_parts_of_the_runs_are_merged(run, tmp_path, capsys):
+    first = run("--losses", "sampled, B = 5", "--seeds", "1", "0")
+    both = run("--losses", "cross-entropy", "sampled, B = 5", "--seeds", "0")
+    assert [(r["loss"], r["seed"]) for r in both["runs"]] == [
+        ("cross-entropy", 0),
+        ("sampled, B = 5", 0),
+        ("sampled, B = 5", 1),
+    ]
+    assert both["runs"][1:] == first["runs"] and both["times"] == first["times"]  # not repeated
+    assert (tmp_path / "out" / "runs.png").read_bytes().startswith(b"\x89PNG")
+    rows = language_model.summary(both)
+    found = [r["test perplexity"] for r in first["runs"]]
+    assert rows["sampled, B = 5"]["perplexity"] == pytest.approx(sum(found) / 2)
+    assert rows["sampled, B = 5"]["±"] == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
+    assert rows["cross-entropy"]["±"] is None and "cross-entropy" in capsys.readouterr().out
+
+
+def test_runs_with_other_settings_are_refused(run):
+    run("--losses", "sampled, B = 1", "--seeds", "0")
+    with pytest.raises(SystemExit, match="pass another --out"):
+        run("--losses", "sampled, B = 1", "--seeds", "0", "--steps", "5")
+
+
+def test_tuning_tries_as_many_settings_of_every_loss_and_no_test_word(run, monkeypatch, text, capsys):
+    seen = []
+    monkeypatch.setattr(
+        language_training, "perplexity", lambda body, head, words: seen.append(words) or 10.0 + len(seen)
+    )
+    monkeypatch.setattr(language_model, "perplexity", lambda *_: pytest.fail("measured on the test words"))
+    result = run("--tune", "--losses", "cross-entropy", "sampled, B = 16", "--seeds", "0")
+    expected = {(lr, eps) for lr in language_model.LEARNING_RATES for eps in language_model.EPS}
+    for name in ("cross-entropy", "sampled, B = 16"):
+        tried = [(r["lr"], r["eps"]) for r in result["runs"] if r["loss"] == name]
+        assert len(tried) == 6 and set(tried) == expected
+    assert len(seen) == 24 and all(np.array_equal(words, text.val) for words in seen)
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("cross", "sampled"))]
+    assert [float(line.split()[-1]) for line in listed] == [*range(12, 24, 2), *range(24, 36, 2)]
