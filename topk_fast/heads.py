@@ -107,17 +107,17 @@ class LinearHead(Module):
                 own = local[at : at + max(0, len(block) - skipped)]
                 own.copy_(block[skipped : skipped + len(own)])
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss of features [N, D] or [..., D] and true classes [N] or [...]."""
         loss = self.criterion.as_request()
         loss = loss._replace(options=loss.options._replace(process_group=self.process_group))
         linear = Linear(self.weight, self.bias, self.normalize, self.chunk_size, self.sparse_grad)
-        return linear_losses.evaluate(input, target, linear, loss)
+        return linear_losses.evaluate(features, target, linear, loss)
 
-    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` best logits and classes of every row, see :func:`~topk_fast.functional.linear_topk`."""
         return linear_topk(
-            input,
+            features,
             self.weight,
             k,
             linear_bias=self.bias,
@@ -127,16 +127,16 @@ class LinearHead(Module):
             process_group=self.process_group,
         )
 
-    def logits(self, input: Tensor) -> Tensor:
+    def logits(self, features: Tensor) -> Tensor:
         """Logits [..., L] as a plain layer computes them, to evaluate or export; without the criterion's offset.
 
         Where classes are sharded, the logits of this rank's classes as a part of a DTensor that is sharded along them.
         """
         if self.normalize:
-            result = F.linear(unit_rows(input), unit_rows(self.weight), self.bias)
+            result = F.linear(unit_rows(features), unit_rows(self.weight), self.bias)
         else:
-            result = F.linear(input, self.weight, self.bias)
-        shape = torch.Size((*input.shape[:-1], self.n_classes))
+            result = F.linear(features, self.weight, self.bias)
+        shape = torch.Size((*features.shape[:-1], self.n_classes))
         return result if self.process_group is None else checkpoints.shard(result, -1, shape, self.process_group)
 
     def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:

@@ -45,11 +45,6 @@ class _Noised(Module):
         self.generator, self.seed = options.generator, options.seed
         self.sampler, self.backend = options.sampler, options.backend
 
-    def options(self) -> Options:
-        """The arguments that all functions share, as they are now."""
-        source = (self.seed, self.generator, self.sampler, self.backend)
-        return Options(self.epsilon, self.n_sample, self.noise, *source, getattr(self, "process_group", None))
-
     def extra_repr(self) -> str:
         """The arguments that have no default, and all others that are not at theirs."""
         shown = []
@@ -137,8 +132,10 @@ class Loss(_Noised):
         criterion = Criterion(
             self.link, self.temperature, self.margin, self.scale, self.rank_weights, self.weight, self.reduction
         )
+        source = (self.seed, self.generator, self.sampler, self.backend, self.process_group)
+        options = Options(self.epsilon, self.n_sample, self.noise, *source)
         return LossRequest(
-            self.k, self.options(), criterion, self.ignore_index, self.exclude_target, self.offset, self.several
+            self.k, options, criterion, self.ignore_index, self.exclude_target, self.offset, self.several
         )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

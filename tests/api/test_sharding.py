@@ -163,8 +163,13 @@ def dtensor_case(rank, world, sizes, kind):
             leaves = [x, *(distribute_tensor(t, mesh, placements) for t in (weight, b))]
             leaves = [t.requires_grad_() for t in leaves]
     common = dict(seed=5, sampler="dense")
-    if kind.endswith("scores"):
+    if kind == "family of scores":
+        loss = LOSSES_OF_CLASSES["family"](leaves[0], target, **common)
+    elif kind.endswith("scores"):
         loss = bal_noised_topk_loss(leaves[0], target, K, 0.5, **common)
+    elif kind == "linear family":
+        more = dict(linear_bias=leaves[2], **FAMILY, **common)
+        loss = linear_noised_topk_loss(leaves[0], leaves[1], target, (1, K), 0.5, **more)
     else:
         loss = linear_noised_topk_loss(leaves[0], leaves[1], target, K, 0.5, linear_bias=leaves[2], **common)
     loss.backward()
@@ -535,6 +540,19 @@ def recipe_case(rank, world, sizes):
     return loss.detach(), *(p.grad for p in trunk.parameters())
 
 
+def logits_case(rank, world, sizes):
+    """A head's logits, of which each rank has those of its classes."""
+    torch.manual_seed(3)
+    group = None if world == 0 else dist.group.WORLD
+    found = []
+    for normalize in (False, True):
+        head = LinearHead(D, L, BalNoisedTopK(K, 0.5), normalize=normalize, process_group=group)
+        logits = head.logits(layer()[0].view(3, 3, D))
+        assert world == 0 or logits.placements[0].is_shard(2)
+        found.append((logits if world == 0 else logits.full_tensor()).detach())
+    return found
+
+
 def copies_case(rank, world, sizes):
     """A deep copy, as averaged models make it, talks to the same ranks."""
     group = None if world == 0 else dist.group.WORLD
@@ -610,7 +628,10 @@ CASES = {
     "top-k: all classes": (topk_case, "ragged", 9, L),
     "DTensor scores": (dtensor_case, "even", "scores"),
     "DTensor replicated scores": (dtensor_case, "even", "replicated scores"),
+    "DTensor scores of the family": (dtensor_case, "even", "family of scores"),
+    "DTensor weight of the family": (dtensor_case, "even", "linear family"),
     "DTensor errors": (wrong_dtensor_case, "even"),
+    "logits": (logits_case, "even"),
     "DTensor weight": (dtensor_case, "even", "linear"),
     "no rows": (scores_case, "ragged", "imbalanced", "float32", "sum", "auto", "dense", with_no_rows),
     "no rows, losses": (scores_case, "ragged", "balanced", "bfloat16", "none", "auto", "thinned", with_no_rows),
@@ -750,6 +771,13 @@ def test_dtensors(ranks, world, name):
     for result in result_of(ranks, world, name):
         for given, expected in zip(result, alone(name), strict=True):
             torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_world
+def test_logits_of_a_sharded_head(ranks, world):
+    for found in result_of(ranks, world, "logits"):
+        for given, expected in zip(found, alone("logits"), strict=True):
+            torch.testing.assert_close(given, expected)
 
 
 @every_world
