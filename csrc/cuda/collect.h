@@ -53,7 +53,8 @@ __device__ __forceinline__ unsigned above(const T (&x)[16 / sizeof(T)], S cut) {
 }
 
 // Keeps the classes [begin, end) above the cut, with their scores, in this warp's list of `capacity` entries. Returns
-// how many there are, or -1 where a score is NaN. Ballots give each its place: lists are the same in every run.
+// how many there are, or -1 where a score is NaN. A scan over the lanes gives each its place: lists are the same in
+// every run.
 template <int TEAM, class T>
 __device__ int collect(const Scores<T>& scores, int64_t begin, int64_t end, ArithmeticOf<T> cut,
                        Contender<ArithmeticOf<T>>* list, int capacity) {
@@ -80,22 +81,25 @@ __device__ int collect(const Scores<T>& scores, int64_t begin, int64_t end, Arit
         }
       }
     }
+    unsigned hits = 0;  // bit u * W + i: score i of vector u
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t p = start + (int64_t)(u * TEAM + Team<TEAM>::rank()) * W;
-      unsigned hits = above<T, S>(x[u], cut);
-      if (hits && (p < lead || p + W > n))  // vectors at the ends read positions outside the row
+      unsigned mask = above<T, S>(x[u], cut);
+      if (mask && (p < lead || p + W > n))  // vectors at the ends read positions outside the row
         for (int i = 0; i < W; ++i)
-          if (p + i < lead || p + i >= n) hits &= ~(1u << i);
-      if (!__ballot_sync(kFull, hits != 0)) continue;
-      for (int i = 0; i < W; ++i) {
-        const bool hit = hits >> i & 1;
-        const unsigned mask = __ballot_sync(kFull, hit);
-        const int to = count + __popc(mask & lanes_before());
-        const S score = hit ? (S)widen(x[u][i]) : (S)0;
-        nan |= score != score;
-        if (hit && to < capacity) list[to] = {score, (int32_t)(begin + p + i - lead)};
-        count += __popc(mask);
-      }
+          if (p + i < lead || p + i >= n) mask &= ~(1u << i);
+      hits |= mask << u * W;
+    }
+    if (!__ballot_sync(kFull, hits != 0)) continue;
+    const int end_of_own = count + sum_to_lane(__popc(hits));
+    int to = end_of_own - __popc(hits);
+    count = __shfl_sync(kFull, end_of_own, 31);
+    for (; hits; hits &= hits - 1, ++to) {  // a score is read again: the registers have no index
+      const int bit = __ffs(hits) - 1;
+      const int64_t c = begin - lead + start + (int64_t)(bit / W * TEAM + Team<TEAM>::rank()) * W + bit % W;
+      const S score = scores[c];
+      nan |= score != score;
+      if (to < capacity) list[to] = {score, (int32_t)c};
     }
   }
   return __ballot_sync(kFull, nan) ? -1 : count;

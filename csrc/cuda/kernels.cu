@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kBlock) collect_kernel(const Args a) {
 }
 
 template <class T, class L, int TEAM>
-__global__ void __launch_bounds__(kBlock, 4) search_kernel(const Args a) {
+__global__ void __launch_bounds__(kBlock, kResident) search_kernel(const Args a) {
   TOPK_FAST_SHARED(shared);
   using S = ArithmeticOf<T>;
   const Search& p = a.search;

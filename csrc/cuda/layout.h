@@ -10,6 +10,7 @@ namespace {
 constexpr int kGroups = 1024;  // more than `plan` ever looks at
 constexpr int kMaxParts = 16;  // blocks that share a row
 constexpr int kSharedBudget = 46 << 10;
+constexpr int kResident = 4;  // blocks of a search that run on a multiprocessor at a time, by its registers
 constexpr int kSamples = 16;  // samples of a row that are searched side by side, at most
 
 // Clean scores of a row, widened when they are read.
@@ -141,7 +142,7 @@ Args arguments(const Search& search, int n_processors) {
   l.row_in_shared = l.parts == 1 && row <= 16384 / l.teams && at + aligned(row) <= budget;
   l.row_at = l.row_in_shared ? place(row) : 0;
   l.shared = at;
-  const int64_t most = 16 * (int64_t)n_processors * l.teams;  // teams at work at a time
+  const int64_t most = kResident * (int64_t)n_processors * l.teams;  // teams at work at a time; each takes many rows
   const int64_t slots = n_rows < 1 ? 1 : l.parts > 1 || n_rows < most ? n_rows : most;
   l.blocks = (slots + l.teams - 1) / l.teams;
   l.workspace_lists = l.best_in_shared ? 0 : aligned(best);

@@ -61,6 +61,16 @@ struct Least {
   __device__ __forceinline__ V operator()(V a, V b) const { return a < b ? a : b; }
 };
 
+// The sum of v over the lanes up to this one.
+template <class V>
+__device__ __forceinline__ V sum_to_lane(V v) {
+  for (unsigned by = 1; by < 32; by *= 2) {
+    const V below = __shfl_up_sync(kFull, v, by);
+    if (threadIdx.x % 32 >= by) v += below;
+  }
+  return v;
+}
+
 // The lanes before this one, as a mask.
 __device__ __forceinline__ unsigned lanes_before() { return (1u << threadIdx.x % 32) - 1; }
 

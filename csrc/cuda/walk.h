@@ -43,12 +43,7 @@ __device__ void walk(const Row<T>& row, int64_t sample, float inverse_l, const B
   for (uint32_t pair = 0;; pair += 16) {
     const Words w = row.words(pair + (uint32_t)(lane / 2), (uint32_t)sample, 1 + (uint32_t)row.first_class);
     const uint32_t gap_word = lane % 2 ? w.w2 : w.w0, class_word = lane % 2 ? w.w3 : w.w1;
-    int64_t time = gap<Scalar>((int32_t)gap_word);
-    for (int by = 1; by < 32; by *= 2) {
-      const int64_t other = __shfl_up_sync(kFull, time, (unsigned)by);
-      if (lane >= by) time += other;
-    }
-    time += sum;
+    const int64_t time = sum + sum_to_lane((int64_t)gap<Scalar>((int32_t)gap_word));
     sum = __shfl_sync(kFull, time, 31);
     const float e = arrival_time(time, inverse_l);
     const bool matters = e <= time_bound<L, Scalar>((float)row.cut, (float)best.worst(), row.rough_epsilon);
