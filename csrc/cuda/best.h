@@ -3,6 +3,7 @@
 // The order is total, so no list depends on the order in which noised scores come.
 #pragma once
 
+#include "../order.h"
 #include "team.h"
 
 namespace topk_fast {
@@ -56,12 +57,16 @@ struct Best {
     }
   }
 
-  // Enters those of the lanes' noised scores that are good enough; their classes differ and are not in the list.
+  // Enters those of the lanes' noised scores that are good enough; their classes differ and are not in the list. The
+  // best comes first, so that at most k of them are entered.
   __device__ void enter_lanes(bool valid, S v, int32_t c) const {
+    const auto key = ordered(v);
     for (;;) {
-      const unsigned mask = __ballot_sync(kFull, valid && better(v, c, worst(), worst_class()));
+      const bool fits = valid && better(v, c, worst(), worst_class());
+      const unsigned mask = __ballot_sync(kFull, fits);
       if (!mask) return;
-      const int source = __ffs(mask) - 1;
+      const auto top = most_of_lanes(fits ? key : ordered(-infinity<S>()));
+      const int source = __ffs(__ballot_sync(kFull, fits && key == top)) - 1;
       enter(__shfl_sync(kFull, v, source), __shfl_sync(kFull, c, source));
       if ((int)(threadIdx.x % 32) == source) valid = false;
     }

@@ -34,7 +34,8 @@ __device__ K kth_largest(const K* keys, int n, int rank, K none, int64_t* scratc
   int reach_high = 0;
   for (int step = 0; width > 1 && reach_low > rank; ++step) {
     const float share = ((float)(reach_low - rank) + 0.5f) / (float)(reach_low - reach_high);
-    uint64_t ahead = step % 3 == 2 ? width / 2 : (uint64_t)((double)width * share);
+    const uint64_t part = step % 3 == 2 ? 1 << 15 : (uint64_t)(share * 65536.0f);  // in fixed point: no FP64
+    uint64_t ahead = width >> 48 ? (width >> 16) * part : width * part >> 16;
     ahead = ahead < 1 ? 1 : ahead > width - 1 ? width - 1 : ahead;
     const K middle = (K)((uint64_t)low + ahead);
     int reach = 0;

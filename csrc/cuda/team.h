@@ -61,6 +61,16 @@ struct Least {
   __device__ __forceinline__ V operator()(V a, V b) const { return a < b ? a : b; }
 };
 
+// The most of a warp's numbers.
+template <class V>
+__device__ __forceinline__ V most_of_lanes(V v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(V) == 4) return __reduce_max_sync(kFull, v);
+#endif
+  for (int by = 16; by > 0; by /= 2) v = Most<V>()(v, __shfl_xor_sync(kFull, v, by));
+  return v;
+}
+
 // The sum of v over the lanes up to this one.
 template <class V>
 __device__ __forceinline__ V sum_to_lane(V v) {
