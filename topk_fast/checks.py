@@ -1,21 +1,14 @@
 """Checks of users' arguments: each returns the argument as the ops take it, or says what was expected and what came."""
 
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import noise
-from .criterion import LINKS, Criterion
-from .request import LossRequest, Noise, Options
-
 MOST_RANKS = 32  # of one search: a kernel's arguments hold them
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LARGEST_EPSILON = 1e36  # beyond it, epsilon times the largest levels of noise (about 40) would overflow float32
 
 
 def check_scores(x, name="input"):
@@ -122,28 +115,6 @@ def check_class_vector(name, x, n_classes: int | None, device):
         raise ValueError(f"{name} must be on input's device {device}, got {x.device}")
 
 
-def check_counts(cls_num_list):
-    """Numbers of examples as a list; read from it alone, so that it can stand under torch.device("meta") as well."""
-    if isinstance(cls_num_list, Tensor) and cls_num_list.is_meta:
-        raise ValueError("cls_num_list must hold numbers, got a tensor on the meta device, which holds none")
-    listed = cls_num_list.tolist() if hasattr(cls_num_list, "tolist") else cls_num_list
-    if isinstance(listed, Real):
-        raise ValueError("cls_num_list must be a list of counts, got a single number")
-    if isinstance(listed, (str, Mapping)) or not isinstance(listed, Iterable):
-        raise TypeError(f"cls_num_list must be a list of numbers, got {type(cls_num_list).__name__}")
-    listed = list(listed)
-    if not listed:
-        raise ValueError("cls_num_list must be a list of counts, got an empty one")
-    for j, n in enumerate(listed):
-        if isinstance(n, (list, tuple)):
-            raise ValueError("cls_num_list must be a list of counts, got a list of lists")
-        if not isinstance(n, (Real, Tensor)):
-            raise TypeError(f"cls_num_list must be a list of numbers, got a {type(n).__name__} for class {j}")
-        if not 0 < n < math.inf:
-            raise ValueError(f"cls_num_list must hold positive counts, got {float(n):g} for class {j}")
-    return [float(n) for n in listed]
-
-
 def check_not_negative(name, value):
     value = check_real(name, value)
     if not value >= 0:
@@ -156,11 +127,6 @@ def check_positive(name, value):
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
     return value
-
-
-def check_reduction(reduction):
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
 def check_ranks(k, low: int, high: int, high_name: str | None = None) -> tuple[int, ...]:
@@ -181,70 +147,6 @@ def check_top(k, n_classes: int | None, *, least: int = 0, several: bool = True)
     if n_classes <= least:
         raise ValueError(f"input must have at least {least + 1} class{'es' * least}, got {n_classes}")
     return check_ranks(k, least, n_classes - 1, "L - 1")
-
-
-def check_link(criterion: Criterion, n_ranks: int) -> Criterion:
-    """A criterion's numbers; its tensors are left to `check_criterion`."""
-    check_reduction(criterion.reduction)
-    if criterion.link not in LINKS:
-        raise ValueError(f"link must be {', '.join(map(repr, LINKS[:-1]))} or {LINKS[-1]!r}, got {criterion.link!r}")
-    temperature = check_positive("temperature", criterion.temperature)
-    if temperature != 1.0 and criterion.link != "softplus":
-        raise ValueError(f"temperature belongs to link='softplus', got {temperature} with link={criterion.link!r}")
-    margin, weights = criterion.margin, criterion.rank_weights
-    return criterion._replace(
-        temperature=temperature,
-        margin=margin if isinstance(margin, Tensor) else _check_margin(margin),
-        scale=check_positive("scale", criterion.scale),
-        rank_weights=None if weights is None else _check_rank_weights(weights, n_ranks),
-    )
-
-
-def _check_margin(margin):
-    if isinstance(margin, bool) or not isinstance(margin, (float, int, Real)):
-        raise TypeError(f"margin must be a number or a tensor [L], got {type(margin).__name__}; see class_margins")
-    return check_real("margin", margin)
-
-
-def _check_rank_weights(weights, n_ranks):
-    if not isinstance(weights, Sequence) or isinstance(weights, (str, bytes)):
-        raise TypeError(f"rank_weights must be a sequence of numbers, got {type(weights).__name__}")
-    if len(weights) != n_ranks:
-        raise ValueError(f"rank_weights must have a number for each of the {n_ranks} ranks of k, got {len(weights)}")
-    weights = tuple(check_real("rank_weights", one) for one in weights)
-    if min(weights) < 0:
-        raise ValueError(f"rank_weights must be at least 0, got {min(weights)}")
-    return weights
-
-
-def check_criterion(criterion: Criterion, n_ranks: int, n_classes: int | None, device, dtype) -> Criterion:
-    """The criterion with its tensors in ``dtype``; ``n_classes`` is None where it is not known yet."""
-    criterion = check_link(criterion, n_ranks)
-    if isinstance(criterion.margin, Tensor):
-        check_class_vector("margins", criterion.margin, n_classes, device)
-        criterion = criterion._replace(margin=criterion.margin.to(dtype))
-    if criterion.weight is not None:
-        check_class_vector("weight", criterion.weight, n_classes, device)
-        criterion = criterion._replace(weight=criterion.weight.to(dtype))
-    return criterion
-
-
-def check_ignore_index(ignore_index) -> int:
-    return check_integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
-
-
-def check_loss(loss: LossRequest, n_classes: int | None, device, dtype) -> tuple[Noise, LossRequest]:
-    """The request for the noise, and the loss with its numbers checked; ``n_classes`` is None where it is not known."""
-    least = int(bool(loss.exclude_target))
-    ranks = tuple(one + 1 for one in check_top(loss.k, n_classes, least=least, several=loss.several))
-    wanted = check_noise(loss.options, ranks, device)
-    loss = loss._replace(ignore_index=check_ignore_index(loss.ignore_index), exclude_target=bool(least))
-    if loss.offset is not None:
-        check_class_vector("offset", loss.offset, n_classes, device)
-    if loss.criterion is not None:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        loss = loss._replace(criterion=check_criterion(loss.criterion, len(ranks), n_classes, device, wide))
-    return wanted, loss
 
 
 def check_labels(labels, n_classes, ignore_index):
@@ -281,111 +183,3 @@ def check_dimension(dim, n_dims: int) -> int:
     if not -n_dims <= dim < n_dims:
         raise IndexError(f"dim must be in [{-n_dims}, {n_dims - 1}], got {dim}")
     return dim
-
-
-def check_epsilon(epsilon, device: torch.device | None) -> tuple[float, Tensor | None]:
-    """A number and None, or 0 and the tensor that replaces it; ``device`` is None where it is not known yet."""
-    if isinstance(epsilon, Tensor):
-        return 0.0, _check_schedule(epsilon, device)
-    epsilon = check_real("epsilon", epsilon)
-    if epsilon < 0:
-        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
-    if epsilon > LARGEST_EPSILON:
-        raise ValueError(f"epsilon must be at most {LARGEST_EPSILON:g}, got {epsilon}: noise would overflow float32")
-    return epsilon, None
-
-
-def _check_schedule(epsilon, device):
-    if epsilon.dim() != 0 or not epsilon.dtype.is_floating_point:
-        raise TypeError(
-            "epsilon must be a number or a floating-point tensor without dimensions, got "
-            f"{epsilon.dtype} {list(epsilon.shape)}"
-        )
-    if device is None:
-        return epsilon
-    if epsilon.device != device:
-        raise ValueError(f"epsilon must be on input's device {device}, got {epsilon.device}")
-    # A learned one divides the scores, and so must not be 0.
-    known = (epsilon > 0 if epsilon.requires_grad else epsilon >= 0) & (epsilon <= LARGEST_EPSILON)
-    span = f"{'(' if epsilon.requires_grad else '['}0, {LARGEST_EPSILON:g}]"
-    try:
-        if not epsilon.is_meta:
-            torch._assert_async(known, f"epsilon must be in {span}")
-    except RuntimeError:  # at once on the CPU; a GPU, for which nothing waits, stops by itself
-        raise ValueError(f"epsilon must be in {span}, got {epsilon.item()}") from None
-    return epsilon.to(torch.float64)
-
-
-def check_n_sample(n_sample):
-    return check_integer("n_sample", n_sample, 1, 2**31 - 1)
-
-
-def check_law(noise_: str) -> int:
-    """The number of a law of the noise."""
-    for number, law in enumerate(noise.LAWS):
-        if noise_ == law.name:
-            return number
-    raise ValueError(f"noise must be {' or '.join(repr(law.name) for law in noise.LAWS)}, got {noise_!r}")
-
-
-def check_noise(options: Options, ranks: tuple[int, ...], device: torch.device) -> Noise:
-    """The request for the noise, with a seed on ``device``."""
-    epsilon, schedule = check_epsilon(options.epsilon, device)
-    n_sample, law = check_n_sample(options.n_sample), check_law(options.noise)
-    dense = check_sampler(options.sampler)
-    return Noise(make_seed(options, device), ranks, epsilon, schedule, n_sample, law, dense)
-
-
-def check_sampler(sampler):
-    if sampler not in ("auto", "thinned", "dense"):
-        raise ValueError(f"sampler must be 'auto', 'thinned' or 'dense', got {sampler!r}")
-    return sampler == "dense"
-
-
-def check_source(seed, generator):
-    """Where seeds come from, without their device."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    if seed is None:
-        return
-    if generator is not None:
-        raise ValueError("seed and generator exclude each other, got both")
-    if not isinstance(seed, Tensor):
-        check_integer("seed", seed, -(2**63), 2**64 - 1)
-    elif seed.dtype != torch.int64 or seed.dim() != 0:
-        raise TypeError(f"a seed tensor must be int64 without dimensions, got {seed.dtype} {list(seed.shape)}")
-
-
-def make_seed(options: Options, device: torch.device) -> Tensor:
-    """The key of the noise as an int64 tensor on ``device``, so that no step waits for the device."""
-    seed, generator = options.seed, options.generator
-    check_source(seed, generator)
-    if seed is None:
-        if generator is not None:
-            check_recomputable(generator, device)
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
-    if isinstance(seed, Tensor):
-        if seed.device != device:
-            raise ValueError(f"seed must be on input's device {device}, got {seed.device}")
-        return seed
-    number: Any = seed if isinstance(seed, torch.SymInt) else int(seed)
-    return torch.full((), number - 2**64 if number >= 2**63 else number, dtype=torch.int64, device=device)
-
-
-def check_recomputable(generator, device):
-    """Refuses a generator on another device, and inside of torch.utils.checkpoint.
-
-    A checkpoint runs the forward again for the backward. It restores the state of torch's default generators for that,
-    and of no other one: the gradient would belong to another noise than the loss that was returned.
-    """
-    if generator.device.type != device.type:
-        raise ValueError(f"generator must be on input's device {device}, got {generator.device}")
-    frame = None if torch.compiler.is_compiling() else sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            raise RuntimeError(
-                "a generator inside of torch.utils.checkpoint would draw other noise for the backward than for the "
-                "loss: pass a seed drawn outside of the checkpoint, or generator=None, for torch restores its default "
-                "generator"
-            )
-        frame = frame.f_back

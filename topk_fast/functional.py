@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import autograd, backends, checks, losses, ops
+from . import autograd, backends, checks, loss_checks, losses, noise_checks, ops
 from .criterion import Criterion, make_margins, make_offsets
 from .linear import linear_noised_excess, linear_noised_topk_loss, linear_sampled_cross_entropy, linear_topk
 from .request import Labels, LossRequest, Options, Place, Search
@@ -92,7 +92,7 @@ def noised_topk(
     rows = input.movedim(checks.check_dimension(dim, input.dim()), -1)
     ranks = checks.check_ranks(k, 1, rows.shape[-1], "L")
     flat = losses.flatten(rows)
-    wanted = checks.check_noise(options, ranks, input.device)
+    wanted = noise_checks.check_noise(options, ranks, input.device)
     search = Search(flat, wanted, Labels(None), backends.resolve(backend, flat, wanted.k))
     return losses.shape_ranks(autograd.differentiable_excess(search), rows.shape[:-1], k)
 
@@ -413,7 +413,7 @@ def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
     """
     max_m = checks.check_not_negative("max_m", max_m)
     device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
-    return make_margins(checks.check_counts(cls_num_list), max_m, device)
+    return make_margins(loss_checks.check_counts(cls_num_list), max_m, device)
 
 
 def class_offsets(cls_num_list: Sequence[int] | Tensor, tau: float = 1.0) -> Tensor:
@@ -440,7 +440,7 @@ def class_offsets(cls_num_list: Sequence[int] | Tensor, tau: float = 1.0) -> Ten
     """
     tau = checks.check_not_negative("tau", tau)
     device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
-    return make_offsets(checks.check_counts(cls_num_list), tau, device)
+    return make_offsets(loss_checks.check_counts(cls_num_list), tau, device)
 
 
 def noised_topk_candidates(
@@ -497,5 +497,5 @@ def noised_topk_candidates(
         checks.check_integer("first_row", first_row, 0, 2**32 - 1),
         checks.check_integer("first_class", first_class, 0, 2**31 - 1 - n_classes, "2**31 - 1 - L"),
     )
-    wanted = checks.check_noise(options, (k,), scores.device)
+    wanted = noise_checks.check_noise(options, (k,), scores.device)
     return ops.kernel("candidates", backends.resolve(backend, scores, k))(scores.detach(), *wanted, *place)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import backends, checks, linear_op, ops, sharding
+from . import backends, checks, linear_op, loss_checks, ops, sharding
 from .linear_gradient import unit_rows
 from .losses import shape_result
 from .request import Labels, Layer, Linear, LinearSearch, LossRequest
@@ -22,7 +22,7 @@ def evaluate(input: Tensor, target: Tensor, linear: Linear, loss: LossRequest) -
         rows, layer = check_layer(input, linear)
         checks.check_target(input, target, input.dim() - 1)
         n_classes = linear.weight.shape[0] if group is None else None
-        wanted, loss = checks.check_loss(loss, n_classes, input.device, layer.dtype)
+        wanted, loss = loss_checks.check_loss(loss, n_classes, input.device, layer.dtype)
         if layer.sparse:
             checks.check_leaves(weight=linear.weight, bias=linear.bias)
             if linear.bias is not None and wanted.learned_epsilon is not None:

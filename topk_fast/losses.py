@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import autograd, backends, checks, ops, sharding
+from . import autograd, backends, checks, loss_checks, ops, sharding
 from .request import Labels, LossRequest, Search
 
 
@@ -19,7 +19,7 @@ def evaluate(input: Tensor, target: Tensor, loss: LossRequest) -> Tensor:
         checks.check_scores(input)
         checks.check_target(input, target, class_dim)
         n_classes = input.shape[class_dim] if group is None else None
-        wanted, loss = checks.check_loss(loss, n_classes, input.device, input.dtype)
+        wanted, loss = loss_checks.check_loss(loss, n_classes, input.device, input.dtype)
         flat = input if input.dim() == 2 else flatten(input.movedim(class_dim, -1))
         labels = Labels(target if target.dim() == 1 else target.reshape(-1), loss.ignore_index, loss.exclude_target)
         backend = backends.resolve(loss.options.backend, flat, wanted.k)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn import functional as F
 
-from . import backends, checks, losses, sharding
+from . import backends, checks, loss_checks, losses, noise_checks, sharding
 from .criterion import Criterion, make_margins
 from .functional import noised_topk
 from .linear_gradient import unit_rows
@@ -31,11 +31,11 @@ class _Noised(Module):
 
     def __init__(self, k, options: Options):
         super().__init__()
-        checks.check_epsilon(options.epsilon, None)
-        checks.check_n_sample(options.n_sample)
-        checks.check_law(options.noise)
-        checks.check_source(options.seed, options.generator)
-        checks.check_sampler(options.sampler)
+        noise_checks.check_epsilon(options.epsilon, None)
+        noise_checks.check_n_sample(options.n_sample)
+        noise_checks.check_law(options.noise)
+        noise_checks.check_source(options.seed, options.generator)
+        noise_checks.check_sampler(options.sampler)
         backends.check_name(options.backend)
         if isinstance(options.epsilon, Tensor) and not isinstance(options.epsilon, Parameter):  # moves with the module
             self.register_buffer("epsilon", options.epsilon, persistent=False)
@@ -113,11 +113,11 @@ class Loss(_Noised):
     def __init__(self, loss: LossRequest):
         super().__init__(loss.k, loss.options)
         ranks = checks.check_top(loss.k, None, least=int(bool(loss.exclude_target)), several=loss.several)
-        self.ignore_index = checks.check_ignore_index(loss.ignore_index)
+        self.ignore_index = loss_checks.check_ignore_index(loss.ignore_index)
         sharding.check_group(loss.options.process_group)
         self.process_group = loss.options.process_group
         self.several, self.exclude_target = loss.several, loss.exclude_target
-        checks.check_link(loss.criterion, len(ranks))
+        loss_checks.check_link(loss.criterion, len(ranks))
         vectors = loss.criterion.vectors() | ({} if loss.offset is None else {"offset": loss.offset})
         for name, x in vectors.items():
             checks.check_class_vector(name, x, None, getattr(x, "device", None))
@@ -297,7 +297,7 @@ class ImbalNoisedTopK(Loss):
         criterion = Criterion(scale=scale, reduction=reduction)
         options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
         super().__init__(LossRequest(k, options, criterion, ignore_index, several=False))
-        counts = checks.check_counts(cls_num_list)
+        counts = loss_checks.check_counts(cls_num_list)
         checks.check_top(k, len(counts))
         self.max_m, self.cls_num_list = checks.check_not_negative("max_m", max_m), counts
         device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
