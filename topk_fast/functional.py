@@ -56,7 +56,7 @@ def noised_topk(
         k: rank, 1 to L; 1 is the maximum. A sequence of up to 32 ranks takes one search for all of them.
         epsilon: noise level, >= 0, in units of the scores; 0 gives the plain k-th largest value. A floating-point
             tensor without dimensions on input's device may change between calls of a compiled or captured graph, as
-            a schedule does.
+            a schedule does; one that requires grad, and then is > 0, is learned.
         n_sample: number B of noise vectors, >= 1.
         dim: the dimension that is searched.
         noise: "normal", a standard normal law, or "gumbel", a Gumbel law less its mean. With the latter and rank 1 the
@@ -485,6 +485,7 @@ def noised_topk_candidates(
         >>> values, classes
         (tensor([[[4., 3.]]]), tensor([[[0, 2]]]))
     """
+    epsilon = epsilon.detach() if isinstance(epsilon, Tensor) else epsilon
     options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend)
     checks.check_scores(scores, "scores")
     if scores.dim() != 2:

@@ -25,9 +25,9 @@ def evaluate(input: Tensor, target: Tensor, linear: Linear, loss: LossRequest) -
         wanted, loss = loss_checks.check_loss(loss, n_classes, input.device, layer.dtype)
         if layer.sparse:
             checks.check_leaves(weight=linear.weight, bias=linear.bias)
-            if linear.bias is not None and wanted.learned_epsilon is not None:
+            if wanted.learned_epsilon is not None and not (linear.bias is None and loss.offset is None):
                 raise ValueError(
-                    "sparse_grad=True with a bias cannot learn epsilon: pass linear_bias=None or sparse_grad=False"
+                    "sparse_grad=True with a bias or an offset cannot learn epsilon: pass neither, or sparse_grad=False"
                 )
             sharding.check_unmanaged(linear.weight)
         labels = Labels(target.reshape(-1), loss.ignore_index, loss.exclude_target)

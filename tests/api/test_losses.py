@@ -24,6 +24,7 @@ from topk_fast.functional import (
     linear_sampled_cross_entropy,
     noised_excess,
     noised_topk,
+    noised_topk_candidates,
     noised_topk_loss,
     sampled_cross_entropy,
 )
@@ -281,8 +282,20 @@ def test_epsilon_is_learned_in_values_and_excesses():
     assert gradcheck(lambda x, e: noised_topk(x, (1, 3), e, 4, seed=SEED), (x, epsilon_of()))
     assert gradcheck(lambda x, e: noised_excess(x, target, (1, 3), e, 4, seed=SEED), (x, epsilon_of()))
     x, weight, bias, target = layer()
-    with pytest.raises(ValueError, match="sparse_grad=True with a bias cannot learn epsilon: pass linear_bias=None"):
+    with pytest.raises(
+        ValueError, match="sparse_grad=True with a bias or an offset cannot learn epsilon: pass neither"
+    ):
         linear_noised_excess(x, weight, target, 1, epsilon_of(), linear_bias=bias, sparse_grad=True)
+    with pytest.raises(
+        ValueError, match="sparse_grad=True with a bias or an offset cannot learn epsilon: pass neither"
+    ):
+        linear_noised_topk_loss(x, weight, target, 1, epsilon_of(), offset=OFFSET, sparse_grad=True)
+    epsilons = [epsilon_of() for _ in range(2)]
+    for epsilon, sparse in zip(epsilons, (True, False)):
+        linear_noised_topk_loss(x, weight, target, 1, epsilon, sparse_grad=sparse, seed=SEED).backward()
+    torch.testing.assert_close(*(epsilon.grad for epsilon in epsilons))
+    values, _ = noised_topk_candidates(x.detach(), 2, epsilon_of(), seed=SEED)
+    assert not values.requires_grad
 
 
 @every_link
