@@ -16,9 +16,8 @@ from testing import BACKENDS, ROOT
 from topk_fast import LinearHead, SampledCrossEntropy
 from topk_fast.functional import linear_sampled_cross_entropy, sampled_cross_entropy
 
-ROWS, B, LEVEL = 20_000, 4, 1e-4
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_sampler = pytest.mark.parametrize("sampler", ["thinned", "dense"])
+B, LEVEL = 4, 1e-4
+ROWS = 20_000 if BACKENDS[0] == "cpp" else 2000  # one backend is enough, since all have the same bits
 
 
 @pytest.fixture(scope="module")
@@ -60,34 +59,28 @@ def largest_deviation(n):
 KINDS = ("flat", "normal", "wide", "masked", "few classes", "real logits", "other real logits")
 
 
-@every_backend
-@every_sampler
+@pytest.mark.parametrize("sampler", ["thinned", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_row(kind, sampler, backend, bigrams):
+def test_one_row(kind, sampler, bigrams):
     """Many rows alike: the mean loss, its standard deviation, and how often each class was drawn."""
-    if backend == "torch" and sampler == "dense":
-        n_rows = ROWS // 10  # every class gets a draw, in plain PyTorch
-    else:
-        n_rows = ROWS
     scores = scores_of(kind, bigrams)
     target = int(scores.argsort()[-2])
-    rows = scores.expand(n_rows, -1).clone().requires_grad_()
-    labels = torch.full((n_rows,), target)
-    losses = sampled_cross_entropy(rows, labels, B, reduction="none", seed=7, sampler=sampler, backend=backend)
-    error = losses.std() / n_rows**0.5
-    exact = F.cross_entropy(scores[None], labels[:1])
+    rows = scores.expand(ROWS, -1).clone().requires_grad_()
+    losses = sampled_cross_entropy(rows, torch.full((ROWS,), target), B, reduction="none", seed=7, sampler=sampler)
+    error = losses.std() / ROWS**0.5
+    exact = F.cross_entropy(scores, torch.tensor(target))
     print(f"mean loss {losses.mean():.4f}, exactly {exact:.4f}, standard error {error:.4f}")
     assert (losses.mean() - exact).abs() < 4 * error
-    deviation = torch.pi / (6 * B) ** 0.5  # as the docstring says, for any scores; 2 % is 4 errors of 20 000 rows
-    assert abs(losses.std() / deviation - 1) < (0.02 if n_rows == ROWS else 0.07)
+    deviation = torch.pi / (6 * B) ** 0.5  # as the docstring says, for any scores
+    assert abs(losses.std() / deviation - 1) < 3 / ROWS**0.5  # some 4 standard errors: 2 % of 20 000 rows
 
     (grad,) = torch.autograd.grad(losses.sum(), rows)
     assert ((grad != 0).sum(1) <= B + 1).all()
     counts = (grad * B).sum(0)  # how often each class was drawn, less B for each row's target
-    counts[target] += B * n_rows
-    expected = B * n_rows * scores.double().softmax(0)
+    counts[target] += B * ROWS
+    expected = B * ROWS * scores.double().softmax(0)
     often = expected >= 20
-    z = (counts - expected)[often] / (expected * (1 - expected / (B * n_rows)))[often].sqrt()
+    z = (counts - expected)[often] / (expected * (1 - expected / (B * ROWS)))[often].sqrt()
     seen, due = ([*x[often].tolist(), x[~often].sum().item()] for x in (counts, expected))
     if due[-1] < 20:
         seen, due = seen[:-1], [n * sum(seen[:-1]) / sum(due[:-1]) for n in due[:-1]]
