@@ -1,6 +1,7 @@
 """The plots of README.md and docs/, which tables.py writes."""
 
 from pathlib import Path
+from statistics import mean
 
 from matplotlib.axes import Axes
 
@@ -137,6 +138,21 @@ def gradient(figure) -> None:
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=7)
 
 
+def language_model(figure) -> None:
+    report = result("language_model")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for (name, times), colour, marker in zip(report["times"].items(), COLOURS, MARKERS):
+        runs = [run["curve"] for run in report["runs"] if run["loss"] == name]
+        steps = [point["step"] for point in runs[0]]
+        found = [mean(point["validation perplexity"] for point in points) for points in zip(*runs)]
+        seconds = [step * times["CPU ms a step"] / 1e3 for step in steps]
+        for axes, x in ((left, steps), (right, seconds)):
+            axes.plot(x, found, color=colour, marker=marker, markersize=3, label=name)
+    left.set(xlabel="steps", ylabel="validation perplexity", yscale="log")
+    right.set(xlabel="seconds of CPU time")
+    left.legend(fontsize=8)
+
+
 # By name, the function that draws a plot, the results that it is drawn from, and its size in inches.
 PLOTS = {
     "time_length": (time_length, ("cpu",), (7.5, 4.2)),
@@ -145,6 +161,7 @@ PLOTS = {
     "study": (study, ("study",), (10, 3.8)),
     "ablations": (ablations, ("study",), (10, 5.2)),
     "gradient": (gradient, ("gradient",), (9, 4.2)),
+    "language_model": (language_model, ("language_model",), (9, 3.8)),
 }
 
 
