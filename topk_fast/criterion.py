@@ -20,7 +20,7 @@ _LINEAR_FROM = 50.0  # where softplus and its argument are equal in float64
 
 
 class Criterion(NamedTuple):
-    """A loss of excesses; made of the user's arguments, and checked by `checks.check_criterion`."""
+    """A loss of excesses; made of the user's arguments, and checked by `loss_checks.check_criterion`."""
 
     link: str = "hinge"
     temperature: float = 1.0
@@ -37,7 +37,7 @@ class Criterion(NamedTuple):
 
     def linked(self, excess: Tensor, labels: Labels) -> Tensor:
         """The links' values, times the scale: [N, M] -> [N, M]."""
-        margin = self.margin[_known(labels), None] if isinstance(self.margin, Tensor) else self.margin
+        margin = self.margin[labels.known, None] if isinstance(self.margin, Tensor) else self.margin
         x = excess if isinstance(margin, float) and margin == 0.0 else excess + margin
         if self.link == "hinge":
             x = x.relu()
@@ -54,7 +54,7 @@ class Criterion(NamedTuple):
         for x in columns[1:]:
             total = total + x
         if self.weight is not None:
-            total = total * self.weight[_known(labels)]
+            total = total * self.weight[labels.known]
         return total.masked_fill(labels.target == labels.ignore_index, 0.0)
 
     def divisor(self, labels: Labels) -> Tensor | None:
@@ -62,7 +62,7 @@ class Criterion(NamedTuple):
         if self.reduction != "mean":
             return None
         valid = labels.target != labels.ignore_index
-        return (valid if self.weight is None else self.weight[_known(labels)] * valid).sum()
+        return (valid if self.weight is None else self.weight[labels.known] * valid).sum()
 
     def reduce(self, losses: Tensor, divisor: Tensor | None) -> Tensor:
         """The losses themselves for "none", their sum, or their mean."""
@@ -80,11 +80,12 @@ class Criterion(NamedTuple):
         if self.rank_weights is not None:
             slope = torch.stack([x * r for x, r in zip(slope.unbind(1), self.rank_weights)], dim=1)
         if self.weight is not None:
-            slope = slope * self.weight[_known(labels), None]
+            slope = slope * self.weight[labels.known, None]
         return slope if self.scale == 1.0 else slope * self.scale
 
+    @property
     def vectors(self) -> dict[str, Tensor]:
-        """The tensors [L]."""
+        """The tensors [L], by what the errors call them."""
         out = {"margins": self.margin} if isinstance(self.margin, Tensor) else {}
         return out if self.weight is None else out | {"weight": self.weight}
 
@@ -99,11 +100,6 @@ class Criterion(NamedTuple):
             "rank_weights": self.rank_weights,
             "weight": "a tensor" if self.weight is not None else None,
         }
-
-
-def _known(labels: Labels) -> Tensor:
-    """The true classes [N], 0 in ignored rows."""
-    return labels.target.masked_fill(labels.target == labels.ignore_index, 0)
 
 
 def make_margins(counts: list[float], max_m: float, device: torch.device | None) -> Tensor:

@@ -164,8 +164,6 @@ def _check_criterion(criterion, n_classes: int) -> Loss:
     if criterion.process_group is not None:
         raise ValueError("process_group must be given to LinearHead, got one that its criterion has")
     checks.check_top(criterion.k, n_classes, least=int(criterion.exclude_target))
-    loss = criterion.as_request()
-    vectors = loss.criterion.vectors() | ({} if loss.offset is None else {"offset": loss.offset})
-    for name, x in vectors.items():
+    for name, x in criterion.as_request().vectors.items():
         checks.check_class_vector(name, x, n_classes, x.device)
     return criterion

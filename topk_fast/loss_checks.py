@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
-import torch
 from torch import Tensor
 
 from . import checks, noise_checks
 from .criterion import LINKS, Criterion
+from .reference import arithmetic
 from .request import LossRequest, Noise
 
 
@@ -21,8 +21,8 @@ def check_loss(loss: LossRequest, n_classes: int | None, device, dtype) -> tuple
     if loss.offset is not None:
         checks.check_class_vector("offset", loss.offset, n_classes, device)
     if loss.criterion is not None:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        loss = loss._replace(criterion=check_criterion(loss.criterion, len(ranks), n_classes, device, wide))
+        criterion = check_criterion(loss.criterion, len(ranks), n_classes, device, arithmetic(dtype))
+        loss = loss._replace(criterion=criterion)
     return wanted, loss
 
 

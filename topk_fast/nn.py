@@ -118,8 +118,7 @@ class Loss(_Noised):
         self.process_group = loss.options.process_group
         self.several, self.exclude_target = loss.several, loss.exclude_target
         loss_checks.check_link(loss.criterion, len(ranks))
-        vectors = loss.criterion.vectors() | ({} if loss.offset is None else {"offset": loss.offset})
-        for name, x in vectors.items():
+        for name, x in loss.vectors.items():
             checks.check_class_vector(name, x, None, getattr(x, "device", None))
         for name, value in {**loss.criterion._asdict(), "offset": loss.offset}.items():
             if isinstance(value, Tensor) or name in ("weight", "offset"):

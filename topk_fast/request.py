@@ -34,6 +34,12 @@ class LossRequest(NamedTuple):
     offset: Any = None  # [L], added to the scores
     several: bool = True  # whether k may be a sequence
 
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """The numbers of each class [L], by what the errors call them."""
+        out = {} if self.criterion is None else self.criterion.vectors
+        return out if self.offset is None else out | {"offset": self.offset}
+
 
 class Linear(NamedTuple):
     """A linear layer, as the user gave it; `Layer` is what the ops take of it."""
@@ -96,6 +102,11 @@ class Labels(NamedTuple):
     target: Any  # int64 tensor [N]; None where the smoothed values themselves are wanted
     ignore_index: int = -100
     exclude_target: bool = False  # rank the other classes only
+
+    @property
+    def known(self) -> Tensor:
+        """The true classes [N], 0 in ignored rows."""
+        return self.target.masked_fill(self.target == self.ignore_index, 0)
 
 
 LABELS = "Tensor? target, int ignore_index, bool exclude_target"

@@ -158,7 +158,7 @@ class Meeting:
 
     def _agree(self, n_classes, labels, wanted, fixed_seed, tensors, facts):
         target, ignore_index, _ = labels
-        known = target.masked_fill(target == ignore_index, 0)
+        known = labels.known
         tensors = {"target": target} | tensors
         if wanted.schedule is not None:
             tensors |= {"epsilon": wanted.schedule[None]}
@@ -206,25 +206,22 @@ def agree_on(meeting: Meeting, search, loss: LossRequest, *, tensors: dict, fact
     labels, wanted, criterion = search.labels, search.noise, loss.criterion
     top = tuple(rank - 1 for rank in wanted.ranks)
     facts = {"k": top, "exclude_target": labels.exclude_target, "offset": loss.offset is not None} | facts
-    vectors = {}
     if criterion is not None:
-        facts, vectors = facts | criterion.facts(), criterion.vectors()
-        tensors = tensors | {name: _picked(x, labels) for name, x in vectors.items()}
+        facts = facts | criterion.facts()
+        tensors = tensors | {name: _picked(x, labels) for name, x in criterion.vectors.items()}
     if loss.offset is not None:
-        vectors = vectors | {"offset": loss.offset}
         tensors = tensors | {"offset": loss.offset}
     fixed_seed = loss.options.seed is not None
     shards: Any = meeting.agree(search.n_classes, labels, wanted, fixed_seed=fixed_seed, tensors=tensors, facts=facts)
     checks.check_top(top, shards.n_classes, least=int(labels.exclude_target))
-    for name, x in vectors.items():
+    for name, x in loss.vectors.items():
         checks.check_class_vector(name, x, shards.n_classes, x.device)
     return search._replace(shards=shards, noise=wanted._replace(seed=shards.seed))
 
 
 def _picked(x: Tensor, labels: Labels) -> Tensor:
     """The numbers of the true classes and how many numbers there are: what a rank's losses depend on."""
-    known = labels.target.masked_fill(labels.target == labels.ignore_index, 0)
-    picked = x[known.clamp(0, len(x) - 1)] if len(x) else x
+    picked = x[labels.known.clamp(0, len(x) - 1)] if len(x) else x
     return torch.cat([picked, picked.new_tensor([len(x)])])
 
 
