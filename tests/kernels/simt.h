@@ -194,8 +194,10 @@ inline Index thread() { return {block()->running->thread}; }
 #define blockDim simt::block()->size
 #define gridDim simt::block()->grid
 #define TOPK_FAST_SHARED(name) char* name = simt::block()->shared.get()
+#ifndef TOPK_FAST_LAUNCH  // benchmarks/model has its own
 #define TOPK_FAST_LAUNCH(kernel, grid, size, shared, stream, ...) \
   simt::launch(grid, size, shared, [=] { kernel(__VA_ARGS__); })
+#endif
 #define TOPK_FAST_STOP(message) simt::fail(message)
 
 inline void __syncthreads() { simt::yield(simt::Wait::kBlock); }
