@@ -12,9 +12,8 @@ NONE, REGISTER, IMMEDIATE, CONSTANT = range(4)
 ON_UNIFORM = {f"U{name}" for name in "MOV IADD3 IMAD LEA SHF LOP3 PLOP3 SEL ISETP PRMT POPC FLO BREV LDC".split()}
 SAME = {"S2UR": "S2R", "VOTEU": "VOTE"}  # they write a uniform register, but lanes take part
 # Without a register as the first operand.
-NO_RESULT = set(
-    "ISETP FSETP DSETP FCHK PLOP3 ST STG STS RED BAR BRA EXIT CALL RET BSSY BSYNC BREAK WARPSYNC R2P NOP YIELD ENDCOLLECTIVE".split()
-)
+NO_RESULT = set("ISETP FSETP DSETP FCHK PLOP3 ST STG STS RED BAR BRA EXIT CALL RET".split())
+NO_RESULT |= set("BSSY BSYNC BREAK WARPSYNC R2P NOP YIELD ENDCOLLECTIVE".split())
 MEMORY = set("LD LDG LDS ST STG STS ATOMS ATOMG RED".split())
 PREDICATE = re.compile(r"^(!?)(U?)P([T\d])$")
 NUMBER = re.compile(r"^-?0x[0-9a-f]+$")

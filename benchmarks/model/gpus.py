@@ -25,16 +25,47 @@ class Gpu(NamedTuple):
     registers: int
     parameters_at: int  # of a kernel, in bank 0
     shared_at: int  # where a block's shared memory starts
-    wide_integers: bool = False  # 64 lanes of integers on a multiprocessor in place of 128
+    double_lanes: int  # of float64 arithmetic, a cycle
     launch: float = 2.0e-6  # seconds of a launch that nothing hides, assumed
     schedulers: int = 4
 
 
+KIB = 1 << 10
 GPUS = {
     "H100": Gpu(
-        *("H100", "sm_90", 132, 1.755e9, 3.0e12, 5.5e12, 50 << 20, 256 << 10, 228 << 10, 64, 32, 65536, 0x210, 0x400)
+        name="H100",
+        target="sm_90",
+        processors=132,
+        hertz=1.755e9,
+        bandwidth=3.0e12,
+        l2_bandwidth=5.5e12,
+        l2_bytes=50 * KIB**2,
+        l1_bytes=256 * KIB,
+        shared_bytes=228 * KIB,
+        warps=64,
+        blocks=32,
+        registers=65536,
+        parameters_at=0x210,
+        shared_at=0x400,
+        double_lanes=64,
     ),
-    "L4": Gpu(*("L4", "sm_89", 58, 2.04e9, 0.27e12, 1.5e12, 48 << 20, 128 << 10, 100 << 10, 48, 24, 65536, 0x160, 0)),
+    "L4": Gpu(
+        name="L4",
+        target="sm_89",
+        processors=58,
+        hertz=2.04e9,
+        bandwidth=0.27e12,
+        l2_bandwidth=1.5e12,
+        l2_bytes=48 * KIB**2,
+        l1_bytes=128 * KIB,
+        shared_bytes=100 * KIB,
+        warps=48,
+        blocks=24,
+        registers=65536,
+        parameters_at=0x160,
+        shared_at=0,
+        double_lanes=2,
+    ),
 }
 
 # Cycles from issue to result where that is not the stall count; all assumed.
@@ -66,14 +97,14 @@ LATENCIES = {
 }
 OTHER = 12
 
-# Lanes a cycle of a multiprocessor, by its pipe. Float32 and the issue itself reach 128.
+# Lanes a cycle of a multiprocessor, and what its pipes execute. Float32 reaches 128, as the issue itself does.
 PIPES = {
     "integer": (64, set("IADD3 VIADD ISETP LOP3 SHF LEA SEL FSEL PRMT IMNMX VIMNMX VIMNMX3 VIADDMNMX PLOP3".split())),
     "multiply": (64, {"IMAD"}),
     "compare": (64, set("FSETP FMNMX FCHK VOTE".split())),
     "special": (16, set("MUFU F2I I2F F2F POPC FLO BREV REDUX".split())),
     "shuffle": (32, {"SHFL"}),
-    "double": (64, set("DADD DMUL DFMA DSETP".split())),
+    "double": (None, set("DADD DMUL DFMA DSETP".split())),
 }
 
 
@@ -81,5 +112,13 @@ def latency_of(line: Line) -> int:
     return LATENCIES.get(line.name, OTHER)
 
 
-def pipe_of(line: Line) -> str | None:
-    return next((pipe for pipe, (_, names) in PIPES.items() if line.name in names), None)
+def lanes_of(gpu: Gpu, pipe: str) -> int:
+    return PIPES[pipe][0] or gpu.double_lanes
+
+
+def blocks_at_once(gpu: Gpu, registers: int, shared: int, size: int) -> int:
+    """Blocks of ``size`` threads that a multiprocessor holds; ``shared`` has the 1 KiB that the system takes."""
+    warps = -(-size // 32)
+    each = -(-registers * 32 // 256) * 256
+    by_registers = gpu.registers // gpu.schedulers // each * gpu.schedulers // warps
+    return max(1, min(by_registers, gpu.shared_bytes // (-(-shared // 128) * 128), gpu.warps // warps, gpu.blocks))

@@ -17,23 +17,15 @@ constexpr int kUniform = 256, kZero = 255, kUniformZero = kUniform + 63, kRegist
 constexpr int kTrue = 7, kUniformTrue = 15, kPredicates = 16;
 
 // The words after the dots of a mnemonic.
-#define MODEL_MODIFIERS(X)                                                                                             \
-  X(U32)                                                                                                               \
-  X(S32) X(U64) X(S64) X(U16) X(S16) X(U8) X(S8) X(F16) X(F32) X(F64) X(BF16) X(X) X(EX) X(HI) X(SH) X(WIDE) X(MOV)    \
-      X(IADD) X(SHL) X(SX32) X(LUT) X(L) X(R) X(W) X(FTZ) X(RZ) X(RP) X(RM) X(TRUNC) X(FLOOR) X(CEIL) X(NTZ)           \
-          X(PACK_AB) X(LT) X(EQ) X(LE) X(GT) X(NE) X(GE) X(LTU) X(EQU) X(LEU) X(GTU) X(NEU) X(GEU) X(NUM) X(NAN)       \
-              X(AND) X(OR) X(XOR) X(PAND) X(IDX) X(UP) X(DOWN) X(BFLY) X(ANY) X(ALL) X(MAX) X(MIN) X(SUM) X(ADD)       \
-                  X(INC) X(EXCH) X(CAS) X(RCP) X(RSQ) X(SQRT) X(EX2) X(LG2) X(RCP64H) X(E) X(U) X(CONSTANT) X(STRONG)  \
-                      X(WEAK) X(GPU) X(SYS) X(SM) X(CTA) X(SYNC) X(RED) X(POPC) X(DEFER_BLOCKING) X(RESULT) X(DIV)     \
-                          X(CONV) X(EL) X(EF) X(LTC128B) X(REL) X(ABS) X(NOINC) X(NODEC) X(COLLECTIVE) X(CLEAR) X(B32) \
-                              X(B64) X(B128) X(MMA) X(NA) X(ZD) X(SC)
+#define MODEL_MODIFIERS                                                                                               \
+  kU32, kS32, kU64, kS64, kU16, kS16, kU8, kS8, kF16, kF32, kF64, kBF16, kX, kEX, kHI, kSH, kWIDE, kMOV, kIADD, kSHL, \
+      kSX32, kLUT, kL, kR, kW, kFTZ, kRZ, kRP, kRM, kTRUNC, kFLOOR, kCEIL, kNTZ, kPACK_AB, kLT, kEQ, kLE, kGT, kNE,   \
+      kGE, kLTU, kEQU, kLEU, kGTU, kNEU, kGEU, kNUM, kNAN, kAND, kOR, kXOR, kPAND, kIDX, kUP, kDOWN, kBFLY, kANY,     \
+      kALL, kMAX, kMIN, kSUM, kADD, kINC, kEXCH, kCAS, kRCP, kRSQ, kSQRT, kEX2, kLG2, kRCP64H, kE, kU, kCONSTANT,     \
+      kSTRONG, kWEAK, kGPU, kSYS, kSM, kCTA, kSYNC, kRED, kPOPC, kDEFER_BLOCKING, kRESULT, kDIV, kCONV, kEL, kEF,     \
+      kLTC128B, kREL, kABS, kNOINC, kNODEC, kCOLLECTIVE, kCLEAR, kB32, kB64, kB128, kMMA, kNA, kZD, kSC
 
-enum class Mod {
-#define X(name) k##name,
-  MODEL_MODIFIERS(X)
-#undef X
-      kCount
-};
+enum class Mod { MODEL_MODIFIERS, kCount };
 using Mods = std::bitset<(size_t)Mod::kCount>;
 
 enum class Kind : int32_t { kNone, kRegister, kImmediate, kConstant };

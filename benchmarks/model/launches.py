@@ -92,12 +92,14 @@ class Device:
                 self.strange[name] = strange
         return self.programs[name]
 
-    def run(self, shape: Shape, argument: bytes, cache: int, l1_bytes: int) -> Ran:
+    def run(self, shape: Shape, argument: bytes, cache: int, l1_bytes: int, in_l2: bool) -> Ran:
+        """Runs a launch with a part of L2 and of L1; ``in_l2``: what is read first lies in L2."""
         program, gpu = self.program(shape.kernel), self.gpu
         self.lib.model_forget_memory(program)
         for begin, end in mapped():
             self.lib.model_memory(program, begin, end - begin)
-        latencies = (MEMORY[name] for name in ("l1", "l2", "memory", "shared", "barrier", "read"))
+        names = ("l1", "l2", "l2" if in_l2 else "memory", "shared", "barrier", "read")
+        latencies = (MEMORY[name] for name in names)
         generic = gpu.shared_at == 0  # older targets read the window of shared memory from bank 0
         machine = encode.Machine(gpu.parameters_at, gpu.shared_at, generic, 0, *latencies, l1_bytes, gpu.l2_bytes)
         constants = self.kernels[shape.kernel].constants
@@ -138,8 +140,8 @@ def mapped() -> list[tuple[int, int]]:
 class Calls:
     """Calls the launchers; ``take(shape, argument)`` gets each launch."""
 
-    def __init__(self, path: Path, processors: int):
-        self.model = caller()(path, processors=processors)
+    def __init__(self, path: Path):
+        self.model = caller()(path)
         self.names = names(path)
         library = self.model.library
         place = {name: at for at, name in self.names.items()}["launches_hook"]
@@ -156,9 +158,10 @@ class Calls:
         except Exception as error:  # nothing passes through C
             self.failed = error
 
-    def __call__(self, name: str, *arguments, take, processors: int):
-        """A call of the model's method ``name``."""
-        self.take, self.failed, self.model.processors = take, None, processors
+    def __call__(self, name: str, *arguments, take, processors: int, shared_memory: int):
+        """A call of the model's method ``name``, as for a GPU of so many multiprocessors and bytes in each."""
+        self.take, self.failed = take, None
+        self.model.processors, self.model.shared_memory = processors, shared_memory
         self.model.library.launches_hook(self.hook)
         out = getattr(self.model, name)(*arguments)
         if self.failed:

@@ -132,18 +132,21 @@ void unknown(Warp& w, const Instruction&) {
   if (w.exec) throw Error("an unknown instruction");
 }
 
+#define MODEL_TEXT(...) #__VA_ARGS__
+#define MODEL_NAMES(...) MODEL_TEXT(__VA_ARGS__)
 Mods modifiers(const std::string& words) {
-  static const char* const names[] = {
-#define X(name) #name,
-      MODEL_MODIFIERS(X)
-#undef X
-  };
+  static const std::vector<std::string> names = [] {
+    std::istringstream in(MODEL_NAMES(MODEL_MODIFIERS));  // "kU32, kS32, ..."
+    std::vector<std::string> out;
+    for (std::string name; in >> name;) out.push_back(name.substr(1, name.find(',') - 1));
+    return out;
+  }();
   Mods out;
   std::istringstream in(words);
   for (std::string word; in >> word;) {
-    const auto found = std::find(std::begin(names), std::end(names), word);
-    if (found == std::end(names)) throw Error("an unknown modifier, " + word);
-    out.set((size_t)(found - names));
+    const auto found = std::find(names.begin(), names.end(), word);
+    if (found == names.end()) throw Error("an unknown modifier, " + word);
+    out.set((size_t)(found - names.begin()));
   }
   return out;
 }
