@@ -80,6 +80,8 @@ def stages(device: Device, rans: list[Ran], n_rows: int, depth: int) -> list[dic
     out = []
     for (kernel, stage), counts in sorted(found.items(), key=lambda item: -cycles_of(item[1])):
         c = dict(zip(FIELDS, (float(x) / n_rows for x in counts)))
+        if not c["issued"]:
+            continue
         row = {"kernel": kernel, "stage": stage, "instructions": c["issued"], "lanes": c["lanes"] / c["issued"]}
         row |= {"warp_cycles": c["stalled"] + c["waited"], "waited": c["waited"]}
         row |= {name: c[name] for name in ("wavefronts", "read", "written", "from_l2", "from_memory")}
