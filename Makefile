@@ -63,16 +63,19 @@ tables: build
 data/species_logits.pt: | build
 	$(PYTHON) examples/all_species.py --losses cross-entropy --save-logits $@
 
+CPP_SOURCES = csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.h tests/kernels/*.cpp \
+  benchmarks/model/*.h benchmarks/model/*.cpp benchmarks/tests/*.cu
+
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(FORMAT_CPP) --dry-run --Werror csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.h tests/kernels/*.cpp
+	$(FORMAT_CPP) --dry-run --Werror $(CPP_SOURCES)
 
 format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(FORMAT_CPP) -i csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.h tests/kernels/*.cpp
+	$(FORMAT_CPP) -i $(CPP_SOURCES)
 
 # On a machine with a GPU: its tests, a sanitized run of a few, the benchmarks; results in OUT.
 OUT ?= $(CURDIR)/out

@@ -2,8 +2,8 @@
 
 Each step has its own time limit, and the next step runs even if one fails or is cut short. A benchmark that is cut
 short after it wrote results has not failed. The output of all steps goes to $OUT/gpu.log (out/ by default), their
-outcomes to $OUT/steps.json, and their results beside them, to gpu.json and linear_gpu.json. The last line that is
-printed names the steps that failed.
+outcomes to $OUT/steps.json, and their results beside them, to gpu.json, model_gpu.json and linear_gpu.json. The last
+line that is printed names the steps that failed.
 
     make gpu                                   # builds, then runs this; 8 minutes at most
     make gpu ARGS="--set quick"                # fewer cases
@@ -64,7 +64,8 @@ def steps(which: str) -> list[Step]:
         Step("tests", 150, [*pytest, *workers, *TESTS]),
         memcheck,
         racecheck,
-        Step("benchmark", 120, [*loss, "--set", which], results="gpu.json"),
+        Step("benchmark", 100, [*loss, "--set", which], results="gpu.json"),
+        Step("model", 20, [sys.executable, "-m", "benchmarks.model.measure"], results="model_gpu.json"),
         Step("linear", 45, [sys.executable, "-m", "benchmarks.linear"], results="linear_gpu.json"),
         Step("profile", 30, profile, optional=True),
         synccheck,

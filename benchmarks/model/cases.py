@@ -60,39 +60,41 @@ def all_cases() -> list[Case]:
 class Problem:
     """Tensors of a case with ``n_rows`` rows. Without ``content`` only their shapes count, and no launch may run."""
 
-    def __init__(self, case: Case, n_rows: int, content: bool = True):
-        dtype, self.case = ITEMS[case.dtype], case
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, case: Case, n_rows: int, content: bool = True, device: str = "cpu"):
+        self.case, dtype = case, ITEMS[case.dtype]
+        there = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
         if content:
-            self.scores = torch.randn(n_rows, case.n_classes, generator=generator).to(dtype)
+            self.scores = torch.randn(n_rows, case.n_classes, dtype=dtype, **there)
         else:
-            self.scores = torch.zeros(1, case.n_classes, dtype=dtype).expand(n_rows, -1)
-        labels = torch.randint(case.n_classes, (n_rows,), generator=generator)
-        self.noise = Noise(torch.tensor(5), (case.k,), 1.0, None, case.n_sample, LAWS.index(case.law), False)
-        self.labels, self.slice = Labels(labels), Slice(0, case.n_classes, dtype)
+            self.scores = torch.zeros(1, case.n_classes, dtype=dtype, device=device).expand(n_rows, -1)
+        law, seed = LAWS.index(case.law), torch.tensor(5, device=device)
+        self.noise = Noise(seed, (case.k,), 1.0, None, case.n_sample, law, False)
+        self.labels = Labels(torch.randint(case.n_classes, (n_rows,), **there))
+        self.slice = Slice(0, case.n_classes, dtype)
         if case.step == "backward":
-            self.grad = torch.full((n_rows, 1), 1 / n_rows)
-            self.classes = torch.zeros(n_rows, case.n_sample, 1, dtype=torch.int64)
+            self.grad = torch.full((n_rows, 1), 1 / n_rows, device=device)
+            self.classes = torch.zeros(n_rows, case.n_sample, 1, dtype=torch.int64, device=device)
             if content:
-                self.classes = self.op("excess")(self.scores, *self.noise, *self.labels)[1]
+                self.classes = self._op("excess")(self.scores, *self.noise, *self.labels)[1]
 
-    @staticmethod
-    def op(name: str):
-        return ops.kernel(name, "cpp" if "cpp" in available_backends("cpu") else "torch")
+    def _op(self, name: str):
+        device = self.scores.device.type
+        backend = "cuda" if device == "cuda" else "cpp" if "cpp" in available_backends("cpu") else "torch"
+        return ops.kernel(name, backend)
 
-    def call(self, calls: Calls, gpu: Gpu, take, processors: int):
-        """The call of the launchers, each of whose launches ``take`` gets; its results as a tuple."""
+    def results(self) -> tuple:
+        """What the kernels of the tensors' device make of it."""
+        if self.case.step == "forward":
+            return self._op("excess")(self.scores, *self.noise, *self.labels)
+        labels = (self.labels.target, self.labels.ignore_index)
+        return (self._op("gradient")(self.grad, self.classes, *labels, *self.slice),)
+
+    def call(self, calls: Calls, gpu: Gpu, take, processors: int) -> tuple:
+        """The same of csrc/cuda's launchers, each of whose launches ``take`` gets."""
         there = {"take": take, "processors": processors, "shared_memory": gpu.shared_bytes}
         if self.case.step == "forward":
             return calls("excess", self.scores, self.noise, self.labels, **there)
         return (calls("gradient", self.grad, self.classes, self.labels, self.slice, **there),)
-
-    def wanted(self):
-        """The same results by the CPU's kernels."""
-        if self.case.step == "forward":
-            return self.op("excess")(self.scores, *self.noise, *self.labels)
-        labels = (self.labels.target, self.labels.ignore_index)
-        return (self.op("gradient")(self.grad, self.classes, *labels, *self.slice),)
 
 
 def shapes(case: Case, n_rows: int, calls: Calls, gpu: Gpu, processors: int) -> list[Shape]:

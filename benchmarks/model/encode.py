@@ -81,7 +81,7 @@ def library(path) -> ctypes.CDLL:
         function.argtypes = [c_void_p]
     out.model_written_back.argtypes, out.model_cache.argtypes = [c_void_p], [c_int64]
     out.model_add.argtypes = [c_void_p, c_char_p, c_char_p, ctypes.POINTER(Encoded)]
-    out.model_memory.argtypes = out.model_warm.argtypes = [c_void_p, c_uint64, c_uint64]
+    out.model_memory.argtypes = [c_void_p, c_uint64, c_uint64]
     out.model_run.argtypes = [c_void_p, ctypes.POINTER(Machine), c_void_p, ctypes.POINTER(Launch)] + [c_void_p] * 2
     return out
 

@@ -92,14 +92,13 @@ class Device:
                 self.strange[name] = strange
         return self.programs[name]
 
-    def run(self, shape: Shape, argument: bytes, cache: int, l1_bytes: int, in_l2: bool) -> Ran:
-        """Runs a launch with a part of L2 and of L1; ``in_l2``: what is read first lies in L2."""
+    def run(self, shape: Shape, argument: bytes, cache: int, l1_bytes: int) -> Ran:
+        """Runs a launch with a part of L2, which holds what was read or written before, and of L1."""
         program, gpu = self.program(shape.kernel), self.gpu
         self.lib.model_forget_memory(program)
         for begin, end in mapped():
             self.lib.model_memory(program, begin, end - begin)
-        names = ("l1", "l2", "l2" if in_l2 else "memory", "shared", "barrier", "read")
-        latencies = (MEMORY[name] for name in names)
+        latencies = (MEMORY[name] for name in ("l1", "l2", "memory", "shared", "barrier", "read"))
         generic = gpu.shared_at == 0  # older targets read the window of shared memory from bank 0
         machine = encode.Machine(gpu.parameters_at, gpu.shared_at, generic, 0, *latencies, l1_bytes, gpu.l2_bytes)
         constants = self.kernels[shape.kernel].constants

@@ -29,7 +29,6 @@ class Whole(NamedTuple):
     shape: Shape
     n_rows: int
     ran_rows: int
-    in_l2: bool  # the scores stay in L2 from call to call
 
 
 def residency(gpu: Gpu, device: Device, shape: Shape) -> int:
@@ -51,7 +50,7 @@ def bounds(gpu: Gpu, device: Device, ran: Ran, whole: Whole) -> dict:
     through_l2 = (total["from_memory"] + total["from_l2"] + total["written"]) * SECTOR * scale
     issued = ran.counts[:, COLUMNS["issued"]]
     out = {
-        "memory": 0.0 if whole.in_l2 else moved / gpu.bandwidth,
+        "memory": moved / gpu.bandwidth,
         "L2": through_l2 / gpu.l2_bandwidth,
         "issue": cycles(total["issued"] / gpu.schedulers),
         "L1 and shared": cycles(total["wavefronts"]),
@@ -92,7 +91,6 @@ def stages(device: Device, rans: list[Ran], n_rows: int, depth: int) -> list[dic
 def modelled(case: Case, calls: Calls, gpu: Gpu, device: Device, depth: int = 1) -> dict:
     """Runs a share of a case, compares its results, and makes times of its counts."""
     whole, n_rows, processors, same = share(case, calls, gpu)
-    in_l2 = case.bytes <= gpu.l2_bytes // 2
     rans: list[Ran] = []
     blocks = max(math.ceil(s.grid / gpu.processors) if s.grid else 1 for s in whole)
     held = max(min(residency(gpu, device, s), blocks) for s in whole)
@@ -101,15 +99,15 @@ def modelled(case: Case, calls: Calls, gpu: Gpu, device: Device, depth: int = 1)
     def take(shape, argument):
         in_shared = held * (shape.shared + 1024)
         l1_bytes = max(gpu.l1_bytes - in_shared, 16 << 10) // held
-        rans.append(device.run(shape, argument, cache, l1_bytes, in_l2))
+        rans.append(device.run(shape, argument, cache, l1_bytes))
 
     problem = Problem(case, n_rows)
     given = problem.call(calls, gpu, take, processors)
     device.lib.model_cache_free(cache)
-    equal = all(a.equal(b) for a, b in zip(given, problem.wanted()))
+    equal = all(a.equal(b) for a, b in zip(given, problem.results()))
     launches, seconds = [], 0.0
     for ran, shape in zip(rans, whole):
-        found = bounds(gpu, device, ran, Whole(shape, case.n_rows, n_rows, in_l2))
+        found = bounds(gpu, device, ran, Whole(shape, case.n_rows, n_rows))
         by = max(found, key=found.get)
         held_here = residency(gpu, device, shape)
         seconds += found[by]

@@ -270,9 +270,6 @@ extern "C" void model_memory(Program* program, uint64_t begin, uint64_t bytes) {
 
 extern "C" Cache* model_cache(int64_t bytes) { return new Cache(bytes); }
 extern "C" void model_cache_free(Cache* cache) { delete cache; }
-extern "C" void model_warm(Cache* cache, uint64_t begin, uint64_t bytes) {
-  for (uint64_t sector = begin / 32; sector < (begin + bytes + 31) / 32; ++sector) cache->touch(sector);
-}
 extern "C" int64_t model_written_back(Cache* cache) { return cache->written_back(); }
 
 struct Launch {

@@ -17,8 +17,8 @@ __global__ void counted(const Args a) {
   for (int i = 0; i < a.n; ++i) x = __shfl_xor_sync(0xffffffffu, x, 1) + 1.0f;  // loop
 #pragma unroll
   for (int i = 1; i < 32; i *= 2) x += __shfl_xor_sync(0xffffffffu, x, i);  // unrolled
-  kept[threadIdx.x * 2] = x;                                               // shared store
-  __syncthreads();                                                         // barrier
+  kept[threadIdx.x * 2] = x;                                                // shared store
+  __syncthreads();                                                          // barrier
   volatile float* out = a.out;
   if (lane < 8)
     out[threadIdx.x] = kept[threadIdx.x * 2 ^ 64];  // taken
@@ -26,8 +26,8 @@ __global__ void counted(const Args a) {
     out[threadIdx.x] = x / a.in[1];  // not taken
 #pragma unroll 1
   for (int i = 0; i < lane % 7; ++i) out[64 + threadIdx.x] = (float)i;  // lanes' own loop
-  x = halved(x);                                                       // first
-  out[128 + threadIdx.x] = halved(x + 1.0f);                           // second
+  x = halved(x);                                                        // first
+  out[128 + threadIdx.x] = halved(x + 1.0f);                            // second
 }
 
 // Quotients and roots, whose slow ways are functions that are called.

@@ -64,7 +64,7 @@ def run(device, kernel, given, n, n_out, grid, size):
     name = f"{kernel}(Args)"
     argument = bytes(Args(given.data_ptr(), out.data_ptr(), n))
     cache = device.lib.model_cache(1 << 20)
-    ran = device.run(launches.Shape(name, grid, size, 0), argument, cache, 1 << 15, in_l2=False)
+    ran = device.run(launches.Shape(name, grid, size, 0), argument, cache, 1 << 15)
     device.lib.model_cache_free(cache)
     return out, ran, device.kernels[name].lines
 

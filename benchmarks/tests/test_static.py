@@ -1,4 +1,5 @@
-"""Contract under test: the floors of a step that never ran count the bytes that it must move and its instructions.
+"""Contract under test: the floors of a step in Triton, which never ran, count the bytes that it must move and its
+instructions.
 
 Each floor is computed in a new process without TRITON_INTERPRET, under which the kernels' inspection restarts Python.
 """
@@ -13,18 +14,15 @@ import pytest
 from testing import ROOT
 
 pytest.importorskip("triton", reason="the inspection of compiled kernels imports Triton, which is not installed")
-COSTS = {
-    "cuda_static": ("stream_float32", "stream_bfloat16", "words", "normal", "arrival"),
-    "triton_static": ("stream", "words", "normal", "level", "gap"),
-}
+COSTS = ("stream", "words", "normal", "level", "gap")
 CASE = {"n": 64, "length": 2000, "k": 6, "n_sample": 5, "epsilon": 1.0}
 
 
-def predict(module, itemsize, cost):
-    """The prediction of a module for stages that take ``cost`` instructions each."""
+def predict(itemsize, cost):
+    """The prediction for stages that take ``cost`` instructions each."""
     code = (
-        f"import json; from benchmarks.{module} import prediction\n"
-        f"costs = dict.fromkeys({COSTS[module]}, {cost})\n"
+        "import json; from benchmarks.triton_static import prediction\n"
+        f"costs = dict.fromkeys({COSTS}, {cost})\n"
         f"print(json.dumps(prediction(costs, **{CASE}, itemsize={itemsize})))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -34,9 +32,8 @@ def predict(module, itemsize, cost):
 
 
 @pytest.mark.parametrize("itemsize", [4, 2], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("module", COSTS)
-def test_floors_of_a_step(module, itemsize):
-    floors, tripled = (predict(module, itemsize, cost) for cost in (1, 3))
+def test_floors_of_a_step(itemsize):
+    floors, tripled = (predict(itemsize, cost) for cost in (1, 3))
     scores = CASE["n"] * CASE["length"] * itemsize
     assert floors["floor_copy_ms"] == pytest.approx(2 * scores / 3.0e12 * 1e3)
     arrivals = 32 * CASE["n"] * CASE["n_sample"] * floors["arrivals"]  # the prediction rounds their number to a tenth
