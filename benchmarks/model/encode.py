@@ -15,6 +15,10 @@ SAME = {"S2UR": "S2R", "VOTEU": "VOTE"}  # they write a uniform register, but la
 NO_RESULT = set("ISETP FSETP DSETP FCHK PLOP3 ST STG STS RED BAR BRA EXIT CALL RET".split())
 NO_RESULT |= set("BSSY BSYNC BREAK WARPSYNC R2P NOP YIELD ENDCOLLECTIVE".split())
 MEMORY = set("LD LDG LDS ST STG STS ATOMS ATOMG RED".split())
+# Registers by their numbers in opcodes.h.
+SPECIALS = (
+    "SR_TID.X SR_CTAID.X SR_LANEID SR_SWINHI SR_LTMASK SRZ SR_TID.Y SR_TID.Z SR_CTAID.Y SR_CTAID.Z SR_CgaCtaId".split()
+)
 PREDICATE = re.compile(r"^(!?)(U?)P([T\d])$")
 NUMBER = re.compile(r"^-?0x[0-9a-f]+$")
 REAL = re.compile(r"^[-+]?(\d.*|INF|[QS]NAN)$")
@@ -40,7 +44,7 @@ class Address(ctypes.Structure):
 class Encoded(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("is_uniform", "target", "stall", "write_barrier", "read_barrier", "wait_mask")),
-        *((name, c_int32) for name in ("latency", "pipe", "dst", "n_src", "n_pd", "n_ps", "barrier", "special")),
+        *((name, c_int32) for name in ("latency", "dst", "n_src", "n_pd", "n_ps", "barrier", "special")),
         ("guard", Predicate),
         ("pd", Predicate * 2),
         ("ps", Predicate * 3),
@@ -170,11 +174,6 @@ def encoded(line: Line, labels: dict[str, int]) -> tuple[str, Encoded]:
         out.ps[k] = p
     out.n_pd, out.n_ps = len(results[:2]), len(sources[:3])
     return name, out
-
-
-SPECIALS = (
-    "SR_TID.X SR_CTAID.X SR_LANEID SR_SWINHI SR_LTMASK SRZ SR_TID.Y SR_TID.Z SR_CTAID.Y SR_CTAID.Z SR_CgaCtaId".split()
-)
 
 
 def modifiers(line: Line) -> str:

@@ -21,9 +21,9 @@ constexpr int kTrue = 7, kUniformTrue = 15, kPredicates = 16;
   kU32, kS32, kU64, kS64, kU16, kS16, kU8, kS8, kF16, kF32, kF64, kBF16, kX, kEX, kHI, kSH, kWIDE, kMOV, kIADD, kSHL, \
       kSX32, kLUT, kL, kR, kW, kFTZ, kRZ, kRP, kRM, kTRUNC, kFLOOR, kCEIL, kNTZ, kPACK_AB, kLT, kEQ, kLE, kGT, kNE,   \
       kGE, kLTU, kEQU, kLEU, kGTU, kNEU, kGEU, kNUM, kNAN, kAND, kOR, kXOR, kPAND, kIDX, kUP, kDOWN, kBFLY, kANY,     \
-      kALL, kMAX, kMIN, kSUM, kADD, kINC, kEXCH, kCAS, kRCP, kRSQ, kSQRT, kEX2, kLG2, kRCP64H, kE, kU, kCONSTANT,     \
-      kSTRONG, kWEAK, kGPU, kSYS, kSM, kCTA, kSYNC, kRED, kPOPC, kDEFER_BLOCKING, kRESULT, kDIV, kCONV, kEL, kEF,     \
-      kLTC128B, kREL, kABS, kNOINC, kNODEC, kCOLLECTIVE, kCLEAR, kB32, kB64, kB128, kMMA, kNA, kZD, kSC
+      kALL, kMAX, kMIN, kSUM, kADD, kEXCH, kRCP, kRSQ, kSQRT, kEX2, kLG2, kRCP64H, kE, kU, kCONSTANT, kSTRONG, kWEAK, \
+      kGPU, kSYS, kSM, kCTA, kSYNC, kRED, kPOPC, kDEFER_BLOCKING, kRESULT, kDIV, kCONV, kEL, kEF, kLTC128B, kREL,     \
+      kABS, kNOINC, kNODEC, kCOLLECTIVE, kCLEAR, kB32, kB64, kB128, kMMA, kNA, kZD, kSC
 
 enum class Mod { MODEL_MODIFIERS, kCount };
 using Mods = std::bitset<(size_t)Mod::kCount>;
@@ -50,7 +50,7 @@ struct Address {
 
 // As sass.py encodes it; indices of instructions and registers.
 struct Encoded {
-  int32_t is_uniform, target, stall, write_barrier, read_barrier, wait_mask, latency, pipe;
+  int32_t is_uniform, target, stall, write_barrier, read_barrier, wait_mask, latency;
   int32_t dst, n_src, n_pd, n_ps, barrier, special;
   Predicate guard, pd[2], ps[3];
   Operand src[5];

@@ -6,150 +6,13 @@
 // silence, and results can be compared with those of another implementation.
 #include <sys/mman.h>
 
-#include <sstream>
-
-#include "control.h"
-#include "memory.h"
-#include "real.h"
+#include "opcodes.h"
 
 namespace model {
 namespace {
 
 constexpr size_t kBank = 1 << 16;        // bytes of a bank of constants; bank 2 lies behind bank 0
 constexpr int64_t kEndless = 1ll << 32;  // cycles, some seconds on a GPU
-
-struct Opcode {
-  const char* name;
-  void (*run)(Warp&, const Instruction&);
-  const char* modifiers;  // those it knows
-};
-
-void read_special(Warp& w, const Instruction& i) {
-  const Block& b = *w.block;
-  const auto value = [&](int l) -> uint32_t {
-    switch (i.special) {
-      case 0: return (uint32_t)(w.index * kLanes + l);  // the block has one dimension
-      case 1: return b.index;
-      case 2: return (uint32_t)l;
-      case 3: return (uint32_t)((uint64_t)b.shared >> 32);
-      case 4: return (1u << l) - 1;
-      default: return 0;
-    }
-  };
-  if (i.dst >= kUniform) {
-    if (i.special == 0 || i.special == 2 || i.special == 4) throw Error("a lane's number in a uniform register");
-    w.set_uniform(i.dst, value(0));
-  } else {
-    to_lanes(w, i, value);
-  }
-}
-const char* const kSpecials[] = {"SR_TID.X", "SR_CTAID.X", "SR_LANEID",  "SR_SWINHI",  "SR_LTMASK",  "SRZ",
-                                 "SR_TID.Y", "SR_TID.Z",   "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId"};
-
-void clear_pair(Warp& w, const Instruction& i) {
-  if (i.special != 5) throw Error("CS2R of another register");
-  to_wide_lanes(w, i, [](int) { return 0ull; });
-}
-
-#define COMPARISONS "LT EQ LE GT NE GE AND OR XOR "
-#define MEMORY "E CONSTANT STRONG WEAK GPU SYS SM CTA U U8 S8 U16 S16 B32 B64 B128 EL EF LTC128B NA ZD SC "
-const Opcode kOpcodes[] = {
-    {"MOV", move, ""},
-    {"IADD3", add, "X"},
-    {"VIADD", add, ""},
-    {"IMAD", multiply_add, "U32 MOV IADD SHL X WIDE HI"},
-    {"LEA", shift_add, "HI X SX32"},
-    {"SHF", shift, "L R W HI U32 S32 U64 S64"},
-    {"LOP3", logic, "LUT PAND"},
-    {"PLOP3", predicate_logic, "LUT"},
-    {"SEL", select, ""},
-    {"ISETP", compare, COMPARISONS "U32 EX"},
-    {"IMNMX", extreme_of_two, "U32"},
-    {"VIMNMX", extreme_of_two, "U32"},
-    {"VIMNMX3", extreme_of_three, "U32"},
-    {"VIADDMNMX", extreme_of_sum, "U32"},
-    {"PRMT", permute, ""},
-    {"POPC", count_bits, ""},
-    {"FLO", leading, "U32 SH"},
-    {"BREV", reverse_bits, ""},
-    {"IABS", magnitude, ""},
-    {"P2R", from_predicates, ""},
-    {"R2P", to_predicates, ""},
-    {"FADD", arithmetic<Step::kAdd>, "FTZ RZ RP RM"},
-    {"FMUL", arithmetic<Step::kMultiply>, "FTZ RZ RP RM"},
-    {"FFMA", arithmetic<Step::kFused>, "FTZ RZ RP RM"},
-    {"DADD", wide_arithmetic<Step::kAdd>, "RZ RP RM"},
-    {"DMUL", wide_arithmetic<Step::kMultiply>, "RZ RP RM"},
-    {"DFMA", wide_arithmetic<Step::kFused>, "RZ RP RM"},
-    {"FSETP", compare_real, COMPARISONS "LTU EQU LEU GTU NEU GEU NUM NAN FTZ"},
-    {"DSETP", compare_wide, COMPARISONS "LTU EQU LEU GTU NEU GEU NUM NAN"},
-    {"FSEL", select_real, ""},
-    {"FMNMX", extreme_real, "FTZ"},
-    {"MUFU", special_function, "RCP RSQ SQRT EX2 LG2 RCP64H"},
-    {"FCHK", check_division, ""},
-    {"F2I", to_integer, "FTZ U32 S32 U64 S64 F64 TRUNC FLOOR CEIL NTZ"},
-    {"I2F", from_integer, "U32 S32 U64 S64 U16 S16 U8 F64 RP RM RZ"},
-    {"I2FP", from_integer, "F32 U32 S32"},
-    {"F2F", between_reals, "F32 F64"},
-    {"F2FP", pack_halves, "F16 BF16 F32 PACK_AB"},
-    {"HADD2", widen_halves, "F32"},
-    {"HFMA2", constant_of_halves, "MMA"},
-    {"LDC", load_constant, "U8 S8 U16 S16 B64 B128"},
-    {"LD", load<false>, MEMORY},
-    {"LDG", load<false>, MEMORY},
-    {"LDS", load<true>, MEMORY},
-    {"ST", store<false>, MEMORY},
-    {"STG", store<false>, MEMORY},
-    {"STS", store<true>, MEMORY},
-    {"ATOMS", atomic<true>, "ADD MIN MAX AND OR XOR EXCH S32"},
-    {"ATOMG", atomic<false>, MEMORY "ADD MIN MAX AND OR XOR EXCH S32"},
-    {"RED", atomic<false>, MEMORY "ADD MIN MAX AND OR XOR EXCH S32"},
-    {"S2R", read_special, ""},
-    {"CS2R", clear_pair, ""},
-    {"R2UR", to_uniform, ""},
-    {"SHFL", shuffle, "IDX UP DOWN BFLY"},
-    {"VOTE", vote, "ANY ALL EQ"},
-    {"MATCH", match, "ANY"},
-    {"REDUX", reduce, "SUM MIN MAX OR XOR S32"},
-    {"BAR", block_barrier, "SYNC RED POPC AND OR DEFER_BLOCKING"},
-    {"B2R", barrier_result, "RESULT"},
-    {"BRA", branch, "DIV CONV"},
-    {"CALL", call, "REL ABS NOINC"},
-    {"RET", give_back, "REL NODEC"},
-    {"EXIT", leave, ""},
-    {"BSSY", open_convergence, ""},
-    {"BSYNC", converge, ""},
-    {"BREAK", leave_convergence, ""},
-    {"BMOV", move_convergence, "B32 CLEAR"},
-    {"WARPSYNC", converge_warp, "ALL COLLECTIVE"},
-    {"ENDCOLLECTIVE", nothing, ""},
-    {"YIELD", nothing, ""},
-    {"NOP", nothing, ""},
-    {"LEPC", nothing, ""},
-};
-
-void unknown(Warp& w, const Instruction&) {
-  if (w.exec) throw Error("an unknown instruction");
-}
-
-#define MODEL_TEXT(...) #__VA_ARGS__
-#define MODEL_NAMES(...) MODEL_TEXT(__VA_ARGS__)
-Mods modifiers(const std::string& words) {
-  static const std::vector<std::string> names = [] {
-    std::istringstream in(MODEL_NAMES(MODEL_MODIFIERS));  // "kU32, kS32, ..."
-    std::vector<std::string> out;
-    for (std::string name; in >> name;) out.push_back(name.substr(1, name.find(',') - 1));
-    return out;
-  }();
-  Mods out;
-  std::istringstream in(words);
-  for (std::string word; in >> word;) {
-    const auto found = std::find(names.begin(), names.end(), word);
-    if (found == names.end()) throw Error("an unknown modifier, " + word);
-    out.set((size_t)(found - names.begin()));
-  }
-  return out;
-}
 
 // Runs a warp until all of its lanes have left or wait for other warps.
 void run_warp(Warp& w) {
@@ -237,30 +100,13 @@ using namespace model;
 extern "C" Program* model_program() { return new Program; }
 extern "C" void model_free(Program* program) { delete program; }
 extern "C" const char* model_error(Program* program) { return program->error.c_str(); }
-extern "C" int model_special(const char* name) {
-  for (int k = 0; k < (int)std::size(kSpecials); ++k)
-    if (!strcmp(kSpecials[k], name)) return k;
-  return -1;
-}
-
 // Adds an instruction; 0, or -1 where it is unknown, which is an error once a warp runs it.
 extern "C" int model_add(Program* program, const char* name, const char* words, const Encoded* encoded) {
-  const auto found =
-      std::find_if(std::begin(kOpcodes), std::end(kOpcodes), [&](const Opcode& o) { return !strcmp(o.name, name); });
   Instruction i{};
   (Encoded&)i = *encoded;
-  i.run = unknown;
-  try {
-    if (found == std::end(kOpcodes)) throw Error("an unknown instruction, " + std::string(name));
-    i.mods = modifiers(words);
-    if ((i.mods & ~modifiers(found->modifiers)).any())
-      throw Error("an unknown form, " + std::string(name) + " " + words);
-    i.run = found->run;
-  } catch (const Error& e) {
-    program->error = e.what();
-  }
+  const bool known = decode(i, name, words);
   program->code.push_back(i);
-  return i.run == unknown ? -1 : 0;
+  return known ? 0 : -1;
 }
 
 extern "C" void model_forget_memory(Program* program) { program->memory.clear(); }
