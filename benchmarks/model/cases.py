@@ -13,7 +13,7 @@ from topk_fast.backends import available_backends
 from topk_fast.request import Labels, Noise, Slice
 
 from .gpus import Gpu
-from .launches import Calls, Shape
+from .launches import Calls, Shape, aligned
 
 ITEMS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAWS = ("normal", "gumbel")
@@ -65,6 +65,8 @@ class Problem:
         there = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
         if content:
             self.scores = torch.randn(n_rows, case.n_classes, dtype=dtype, **there)
+            if device == "cpu":
+                self.scores = aligned(self.scores)
         else:
             self.scores = torch.zeros(1, case.n_classes, dtype=dtype, device=device).expand(n_rows, -1)
         law, seed = LAWS.index(case.law), torch.tensor(5, device=device)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from benchmarks import ROOT
 
@@ -119,6 +120,14 @@ class Device:
     def explained(self, name: str, error: str) -> str:
         found = re.search(r"instruction (\d+)$", error)
         return f"{error}: {self.kernels[name].lines[int(found[1])]}" if found else error
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """A copy that starts at a multiple of 512 bytes, as tensors on a GPU do."""
+    spare = 512 // x.element_size()
+    buffer = torch.empty(x.numel() + spare, dtype=x.dtype)
+    start = -buffer.data_ptr() % 512 // x.element_size()
+    return buffer[start : start + x.numel()].view(x.shape).copy_(x)
 
 
 def mapped() -> list[tuple[int, int]]:

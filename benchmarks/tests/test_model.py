@@ -60,7 +60,7 @@ def device(request, interpreter, tmp_path_factory):
 
 
 def run(device, kernel, given, n, n_out, grid, size):
-    out = torch.full((n_out,), -1.0)
+    out = launches.aligned(torch.full((n_out,), -1.0))
     name = f"{kernel}(Args)"
     argument = bytes(Args(given.data_ptr(), out.data_ptr(), n))
     cache = device.lib.model_cache(1 << 20)
@@ -71,7 +71,7 @@ def run(device, kernel, given, n, n_out, grid, size):
 
 @NEEDS_COMPILERS
 def test_known_counts(device):
-    given = torch.arange(THREADS * 8) + 1.0
+    given = launches.aligned(torch.arange(THREADS * 8) + 1.0)
     out, ran, lines = run(device, "counted", given, TRIPS, 192, grid=2, size=THREADS)
     places = {text.split("// ")[-1]: i for i, text in enumerate(SOURCE.read_text().splitlines(), 1) if "//" in text}
 
