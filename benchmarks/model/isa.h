@@ -12,6 +12,7 @@ namespace model {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kAll = 0xffffffffu;
+constexpr uint32_t kStack = 4096;  // bytes of a thread
 // Uniform registers and predicates follow the lanes' own; the last of each kind reads as zero or true.
 constexpr int kUniform = 256, kZero = 255, kUniformZero = kUniform + 63, kRegisters = kUniform + 64;
 constexpr int kTrue = 7, kUniformTrue = 15, kPredicates = 16;
@@ -23,7 +24,7 @@ constexpr int kTrue = 7, kUniformTrue = 15, kPredicates = 16;
       kGE, kLTU, kEQU, kLEU, kGTU, kNEU, kGEU, kNUM, kNAN, kAND, kOR, kXOR, kPAND, kIDX, kUP, kDOWN, kBFLY, kANY,     \
       kALL, kMAX, kMIN, kSUM, kADD, kEXCH, kRCP, kRSQ, kSQRT, kEX2, kLG2, kRCP64H, kE, kU, kCONSTANT, kSTRONG, kWEAK, \
       kGPU, kSYS, kSM, kCTA, kSYNC, kRED, kPOPC, kDEFER_BLOCKING, kRESULT, kDIV, kCONV, kEL, kEF, kLTC128B, kREL,     \
-      kABS, kNOINC, kNODEC, kCOLLECTIVE, kCLEAR, kB32, kB64, kB128, kMMA, kNA, kZD, kSC
+      kABS, kNOINC, kNODEC, kCOLLECTIVE, kCLEAR, kB32, kB64, kB128, kMMA, kNA, kZD, kSC, kLU, kBF16_V2, kBF
 
 enum class Mod { MODEL_MODIFIERS, kCount };
 using Mods = std::bitset<(size_t)Mod::kCount>;

@@ -138,6 +138,28 @@ void store(Warp& w, const Instruction& i) {
   account(w, i, q, bytes, Access::kStore);
 }
 
+// A thread's own memory, where registers are spilled; a request takes a wavefront for each word of the lanes.
+template <class F>
+void locally(Warp& w, const Instruction& i, F access) {
+  const int words = bytes_of(i) / 4;
+  for (int l = 0; l < kLanes; ++l) {
+    if (!(w.exec >> l & 1)) continue;
+    const uint32_t at = w.r[i.address.base][l] + (uint32_t)i.address.offset;
+    if (at % 4 || at + 4 * words > kStack) throw Error("outside the thread's stack");
+    w.local.resize(kStack / 4 * kLanes);
+    for (int k = 0; k < words; ++k) access(w.local[(at / 4 + k) * kLanes + l], l, k);
+  }
+  Counts& counts = w.block->counts[&i - w.block->code->data()];
+  if (w.exec) ++counts.requests, counts.wavefronts += words, w.latency = w.block->machine->l1_latency;
+}
+inline void local_load(Warp& w, const Instruction& i) {
+  locally(w, i, [&](uint32_t x, int l, int k) { w.r[i.dst + k][l] = x; });
+}
+inline void local_store(Warp& w, const Instruction& i) {
+  const int from = i.src[0].reg;
+  locally(w, i, [&](uint32_t& x, int l, int k) { x = from == kZero ? 0 : w.r[from + k][l]; });
+}
+
 template <bool is_shared>
 void atomic(Warp& w, const Instruction& i) {
   if (bytes_of(i) != 4) throw Error("an atomic of another size");

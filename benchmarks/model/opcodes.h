@@ -4,8 +4,8 @@
 #include <sstream>
 
 #include "control.h"
+#include "half.h"
 #include "memory.h"
-#include "real.h"
 
 namespace model {
 namespace {
@@ -80,9 +80,12 @@ const Opcode kOpcodes[] = {
     {"F2I", to_integer, "FTZ U32 S32 U64 S64 F64 TRUNC FLOOR CEIL NTZ"},
     {"I2F", from_integer, "U32 S32 U64 S64 U16 S16 U8 F64 RP RM RZ"},
     {"I2FP", from_integer, "F32 U32 S32"},
-    {"F2F", between_reals, "F32 F64"},
+    {"F2F", between_reals, "F16 F32 F64"},
     {"F2FP", pack_halves, "F16 BF16 F32 PACK_AB"},
     {"HADD2", widen_halves, "F32"},
+    {"HSET2", compare_halves<false>, COMPARISONS "LTU EQU LEU GTU NEU GEU NUM NAN BF16_V2 BF"},
+    {"HSETP2", compare_halves<true>, COMPARISONS "LTU EQU LEU GTU NEU GEU NUM NAN BF16_V2"},
+    {"HMNMX2", extreme_halves, "BF16_V2"},
     {"HFMA2", constant_of_halves, "MMA"},
     {"LDC", load_constant, "U8 S8 U16 S16 B64 B128"},
     {"LD", load<false>, MEMORY},
@@ -91,6 +94,8 @@ const Opcode kOpcodes[] = {
     {"ST", store<false>, MEMORY},
     {"STG", store<false>, MEMORY},
     {"STS", store<true>, MEMORY},
+    {"LDL", local_load, "B64 B128 LU"},
+    {"STL", local_store, "B64 B128"},
     {"ATOMS", atomic<true>, "ADD MIN MAX AND OR XOR EXCH S32"},
     {"ATOMG", atomic<false>, MEMORY "ADD MIN MAX AND OR XOR EXCH S32"},
     {"RED", atomic<false>, MEMORY "ADD MIN MAX AND OR XOR EXCH S32"},

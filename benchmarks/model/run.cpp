@@ -138,6 +138,7 @@ extern "C" int model_run(Program* program, const Machine* machine, Cache* l2, co
       memcpy(b.constants.data() + kBank, launch->constants, (size_t)launch->constant_bytes);
       const uint32_t sizes[6] = {launch->size, 1, 1, launch->grid, 1, 1};
       memcpy(b.constants.data(), sizes, sizeof sizes);
+      memcpy(&b.constants[0x28], &kStack, sizeof kStack);  // the stack grows downwards
       if (machine->is_generic_in_constants) memcpy(&b.constants[0x18], &b.shared, 8);
       memcpy(&b.constants[(size_t)machine->parameters_at], launch->parameters, (size_t)launch->parameter_bytes);
       cycles[index] = run_block(b);

@@ -36,7 +36,8 @@ struct Warp {
   std::vector<Group> groups;
   int current = 0;
   int64_t clock = 0, ready[6] = {}, latency = 0;
-  uint32_t voted = 0;  // its lanes' predicates at a barrier that reduces
+  std::vector<uint32_t> local;  // [words of the stack, lanes], where something lies there
+  uint32_t voted = 0;           // its lanes' predicates at a barrier that reduces
 
   Group& group() { return groups[current]; }
   uint32_t predicate(const Predicate& x) const { return x.inverted ? ~p[x.index] : p[x.index]; }
