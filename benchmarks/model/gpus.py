@@ -101,7 +101,7 @@ OTHER = 12
 PIPES = {
     "integer": (64, set("IADD3 VIADD ISETP LOP3 SHF LEA SEL FSEL PRMT IMNMX VIMNMX VIMNMX3 VIADDMNMX PLOP3".split())),
     "multiply": (64, {"IMAD"}),
-    "compare": (64, set("FSETP FMNMX FCHK VOTE HSET2 HSETP2 HMNMX2".split())),
+    "compare": (64, set("FSETP FMNMX FCHK VOTE HSET2 HSETP2 HMNMX2 VHMNMX".split())),
     "special": (16, set("MUFU F2I I2F F2F POPC FLO BREV REDUX".split())),
     "shuffle": (32, {"SHFL"}),
     "double": (None, set("DADD DMUL DFMA DSETP".split())),

@@ -31,20 +31,21 @@ void compare_halves(Warp& w, const Instruction& i) {
   to_lanes(w, i, [&](int l) { return (found[0] >> l & 1 ? yes : 0) | (found[1] >> l & 1 ? yes << 16 : 0); });
 }
 
-// The larger or the smaller numbers of two pairs; a number wins over NaN, and +0 over -0 where the larger is wanted.
+// The largest or the smallest of two or three pairs; a number wins over NaN, and +0 is larger than -0.
 inline void extreme_halves(Warp& w, const Instruction& i) {
-  const Source a(w, i.src[0]), b(w, i.src[1]);
+  const Source first(w, i.src[0]);
   const uint32_t least = w.predicate(i.ps[0]);
-  to_lanes(w, i, [&](int l) {
-    uint32_t out = 0;
-    for (int k = 0; k < 2; ++k) {
-      const float x = half_at(i, a, i.src[0], l, k), y = half_at(i, b, i.src[1], l, k);
-      const bool min = least >> l & 1;
-      const float z = x == 0 && y == 0 ? (signbit(x) == min ? x : y) : min ? fminf(x, y) : fmaxf(x, y);
-      out |= half_of(z, i.has(Mod::kBF16_V2)) << 16 * k;
-    }
-    return out;
-  });
+  float best[2][kLanes];
+  for (int k = 0; k < 2; ++k)
+    for (int l = 0; l < kLanes; ++l) best[k][l] = half_at(i, first, i.src[0], l, k);
+  for (int n = 1; n < i.n_src; ++n) {
+    const Source next(w, i.src[n]);
+    for (int k = 0; k < 2; ++k)
+      for (int l = 0; l < kLanes; ++l)
+        best[k][l] = extreme_of(best[k][l], half_at(i, next, i.src[n], l, k), least >> l & 1);
+  }
+  const bool is_bfloat16 = i.has(Mod::kBF16_V2);
+  to_lanes(w, i, [&](int l) { return half_of(best[0][l], is_bfloat16) | half_of(best[1][l], is_bfloat16) << 16; });
 }
 
 }  // namespace model

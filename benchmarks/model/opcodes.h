@@ -86,6 +86,7 @@ const Opcode kOpcodes[] = {
     {"HSET2", compare_halves<false>, COMPARISONS "LTU EQU LEU GTU NEU GEU NUM NAN BF16_V2 BF"},
     {"HSETP2", compare_halves<true>, COMPARISONS "LTU EQU LEU GTU NEU GEU NUM NAN BF16_V2"},
     {"HMNMX2", extreme_halves, "BF16_V2"},
+    {"VHMNMX", extreme_halves, "BF16_V2"},
     {"HFMA2", constant_of_halves, "MMA"},
     {"LDC", load_constant, "U8 S8 U16 S16 B64 B128"},
     {"LD", load<false>, MEMORY},

@@ -82,14 +82,15 @@ inline void select_real(Warp& w, const Instruction& i) {
   const uint32_t takes = w.predicate(i.ps[0]);
   to_lanes(w, i, [&](int l) { return bits_of(takes >> l & 1 ? a.real(l) : b.real(l)); });
 }
+inline float extreme_of(float x, float y, bool least) {
+  if (x == 0 && y == 0) return signbit(x) == least ? x : y;
+  return least ? fminf(x, y) : fmaxf(x, y);
+}
 inline void extreme_real(Warp& w, const Instruction& i) {
   const Source a(w, i.src[0]), b(w, i.src[1]);
   const uint32_t least = w.predicate(i.ps[0]);
-  to_lanes(w, i, [&](int l) {
-    const float x = flushed(i, a.real(l)), y = flushed(i, b.real(l));
-    if (x == 0 && y == 0) return bits_of(signbit(x) == (bool)(least >> l & 1) ? x : y);
-    return bits_of(least >> l & 1 ? fminf(x, y) : fmaxf(x, y));
-  });
+  to_lanes(w, i,
+           [&](int l) { return bits_of(extreme_of(flushed(i, a.real(l)), flushed(i, b.real(l)), least >> l & 1)); });
 }
 
 // The special functions; a device's last bits may differ, and what divides or takes a root with them corrects that.
