@@ -92,14 +92,13 @@ def modelled(case: Case, calls: Calls, gpu: Gpu, device: Device, depth: int = 1)
     """Runs a share of a case, compares its results, and makes times of its counts."""
     whole, n_rows, processors, same = share(case, calls, gpu)
     rans: list[Ran] = []
-    blocks = max(math.ceil(s.grid / gpu.processors) if s.grid else 1 for s in whole)
-    held = max(min(residency(gpu, device, s), blocks) for s in whole)
-    cache = device.lib.model_cache(gpu.l2_bytes // (gpu.processors * held))
+    side_by_side = [min(residency(gpu, device, shape), math.ceil(shape.grid / gpu.processors)) for shape in whole]
+    cache = device.lib.model_cache(gpu.l2_bytes // (gpu.processors * max(side_by_side)))
 
     def take(shape, argument):
-        in_shared = held * (shape.shared + 1024)
-        l1_bytes = max(gpu.l1_bytes - in_shared, 16 << 10) // held
-        rans.append(device.run(shape, argument, cache, l1_bytes))
+        blocks = side_by_side[min(len(rans), len(whole) - 1)]
+        in_shared = blocks * (shape.shared + 1024)
+        rans.append(device.run(shape, argument, cache, max(gpu.l1_bytes - in_shared, 16 << 10) // blocks))
 
     problem = Problem(case, n_rows)
     given = problem.call(calls, gpu, take, processors)
