@@ -37,3 +37,16 @@ __global__ void divided(const Args a) {
   a.out[i] = a.in[i] / a.in[a.n + i];
   a.out[a.n + i] = __fsqrt_rn(a.in[i]);
 }
+
+// Pairs of halves: masks of those that are larger or unordered, and the larger ones of two types.
+__global__ void packed(const Args a) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const unsigned x = __float_as_uint(a.in[i]), y = __float_as_uint(a.in[a.n + i]);
+  unsigned mask, half, bfloat16;
+  asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(x), "r"(y));
+  asm("max.f16x2 %0, %1, %2;" : "=r"(half) : "r"(x), "r"(y));
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(bfloat16) : "r"(x), "r"(y));
+  a.out[i] = __uint_as_float(mask);
+  a.out[a.n + i] = __uint_as_float(half);
+  a.out[2 * a.n + i] = __uint_as_float(bfloat16);
+}

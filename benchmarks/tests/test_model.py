@@ -129,6 +129,20 @@ def test_quotients_and_roots_are_correctly_rounded(device):
 
 
 @NEEDS_COMPILERS
+def test_packed_halves(device):
+    n = 1024
+    given = torch.randint(-(2**31), 2**31, (2 * n,), generator=torch.Generator().manual_seed(2)).to(torch.int32)
+    out, _, _ = run(device, "packed", given.view(torch.float32), n, 3 * n, grid=n // 128, size=128)
+    mask, half, bfloat16 = (out[i * n : (i + 1) * n] for i in range(3))
+    x, y = given.view(torch.float16).view(2, -1)
+    assert (x.isnan() | y.isnan()).any()
+    assert mask.view(torch.int16).equal(-(~(x <= y)).short())
+    for given_bits, dtype in ((half, torch.float16), (bfloat16, torch.bfloat16)):
+        x, y = given.view(dtype).view(2, -1).float()
+        assert given_bits.view(dtype).float().allclose(x.fmax(y), rtol=0, atol=0, equal_nan=True)
+
+
+@NEEDS_COMPILERS
 def test_the_kernels_as_they_stand():
     """nvcc's code gives the CPU kernels' bits here, and reads each score at least once."""
     command = [sys.executable, "-m", "benchmarks.model", "--quick"]
