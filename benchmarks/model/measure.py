@@ -26,7 +26,7 @@ REPEATS = 20
 def modelled(device_name: str) -> list[tuple[Case, float]]:
     """Cases with the model's microseconds, those of the losses (k = 6) first; all cases of an H100 for other GPUs."""
     (*_, section) = json.loads(RESULT.read_text()).values()
-    known = next((name for name in GPUS if name in device_name), None)
+    known = next((name for name in GPUS if name in device_name.split()), None)
     rows = [row for row in section["cases"] if row["gpu"] == (known or "H100")]
     cases = [(Case(*(row[name] for name in Case._fields)), row["estimate_us"] if known else None) for row in rows]
     return sorted(cases, key=lambda item: (item[0].k != 6, item[0].law != "normal"))
