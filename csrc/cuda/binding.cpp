@@ -36,9 +36,9 @@ struct Cuda {
   }
 
   void search(const Search& p) const {
-    const int n_processors = topk_cuda_processors(index);
-    const Tensor workspace = empty({topk_cuda_workspace(&p, n_processors)}, ScalarType::Char);
-    check_launch(topk_cuda_search(&p, n_processors, workspace.mutable_data_ptr(), stream()));
+    const Gpu gpu = topk_cuda_gpu(index);
+    const Tensor workspace = empty({topk_cuda_workspace(&p, &gpu)}, ScalarType::Char);
+    check_launch(topk_cuda_search(&p, &gpu, workspace.mutable_data_ptr(), stream()));
   }
   void gradient(const Gradient& g) const { check_launch(topk_cuda_gradient(&g, stream())); }
 };

@@ -1,7 +1,9 @@
 // The contenders of a row: the classes above its cut, which get draws of their own, from one pass over its scores.
 //
-// Scores come in 16-byte loads, kUnroll of them in flight in each thread. With few long rows, several blocks collect a
-// row, each its part (kernels.cu).
+// A team reads a row in tiles, kUnroll loads of 16 bytes in flight in each thread. A thread turns its scores of a tile
+// into one mask, and the masks of a segment of tiles into the list at a time: no thread waits for another's hits. A
+// list that is full is drawn for before the pass goes on (search.h), so any number of contenders is right. With few
+// long rows several blocks collect a row, each every parts-th tile (kernels.cu).
 #pragma once
 
 #include "cut.h"
@@ -9,100 +11,205 @@
 namespace topk_fast {
 namespace {
 
-constexpr int kUnroll = 4;
-
-// A row as the stages of its search see it.
 template <class T>
-struct Row {
-  using S = ArithmeticOf<T>;
-  Scores<T> scores;
-  S cut;
-  bool direct;                // contenders are read from the row, not from the lists
-  const Contender<S>* lists;  // [segments, capacity]
-  const int32_t* prefix;      // [segments + 1]: how many contenders stand before each segment
-  int segments, capacity;
-  int32_t n;  // contenders, or classes of a row that is read directly
-  uint32_t number, key0, key1;
-  int32_t first_class;
-  S epsilon;
-  float rough_epsilon;  // as the bounds take it
+constexpr int kWide = 16 / sizeof(T);  // scores of a load
 
-  __device__ __forceinline__ Contender<S> contender(int32_t i) const {
-    if (direct) return {scores[i], i};
-    int low = 0, high = segments;  // the segment with prefix[low] <= i < prefix[low + 1]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (prefix[middle] <= i)
-        low = middle;
-      else
-        high = middle;
-    }
-    return lists[(int64_t)low * capacity + (i - prefix[low])];
-  }
-  __device__ __forceinline__ Words words(uint32_t c0, uint32_t c2, uint32_t stream) const {
-    return philox(c0, number, c2, stream, key0, key1);
-  }
-};
+#ifdef __CUDA_ARCH__
+// Whether each of two scores is above the cut or NaN, all bits of its half.
+__device__ __forceinline__ uint32_t above(Half, uint32_t scores, uint32_t cuts) {
+  uint32_t halves;
+  asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(scores), "r"(cuts));
+  return halves;
+}
+template <class T>
+constexpr bool kComparesPairs = false;
+template <>
+constexpr bool kComparesPairs<Half> = true;
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t above(BFloat16, uint32_t scores, uint32_t cuts) {
+  uint32_t halves;
+  asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(halves) : "r"(scores), "r"(cuts));
+  return halves;
+}
+template <>
+constexpr bool kComparesPairs<BFloat16> = true;
+#endif
+#endif
 
-// Bits of the scores of a vector that are above the cut, or NaN.
+// Bits of 16 bytes of scores that are above the cut or NaN. Two-byte scores have those of the even places in the lower
+// half, so that a GPU compares two at a time.
 template <class T, class S>
-__device__ __forceinline__ unsigned above(const T (&x)[16 / sizeof(T)], S cut) {
-  unsigned hits = 0;
-  for (int i = 0; i < (int)(16 / sizeof(T)); ++i) hits |= !(widen(x[i]) <= cut) ? 1u << i : 0u;
+__device__ __forceinline__ uint32_t hits_of(const uint4& v, S cut) {
+  constexpr int W = kWide<T>;
+  uint32_t hits = 0;
+#ifdef __CUDA_ARCH__
+  if constexpr (kComparesPairs<T>) {
+    T narrow;  // exact: the cut is one of the scores
+    round_to(cut, &narrow);
+    const uint32_t cuts = narrow.bits * 0x10001u, pairs[4] = {v.x, v.y, v.z, v.w};
+    for (int j = 0; j < 4; ++j) hits |= above(T{}, pairs[j], cuts) & 0x10001u << j;
+    return hits;
+  }
+#endif
+  T x[W];
+  memcpy(x, &v, 16);
+  for (int i = 0; i < W; ++i) {
+    const int bit = sizeof(T) == 2 ? i / 2 + i % 2 * 16 : i;
+    hits |= !(widen(x[i]) <= cut) ? 1u << bit : 0u;
+  }
   return hits;
 }
 
-// Keeps the classes [begin, end) above the cut, with their scores, in this warp's list of `capacity` entries. Returns
-// how many there are, or -1 where a score is NaN. A scan over the lanes gives each its place: lists are the same in
-// every run.
+// The place in a tile of a bit of a thread's mask.
 template <int TEAM, class T>
-__device__ int collect(const Scores<T>& scores, int64_t begin, int64_t end, ArithmeticOf<T> cut,
-                       Contender<ArithmeticOf<T>>* list, int capacity) {
+__device__ __forceinline__ int place_of_bit(int bit) {
+  constexpr int W = kWide<T>;
+  const int load = sizeof(T) == 2 ? bit % 16 / 4 : bit / W;
+  const int within = sizeof(T) == 2 ? bit % 4 * 2 + bit / 16 : bit % W;
+  return (load * TEAM + Team<TEAM>::rank()) * W + within;
+}
+
+// A pass over every step-th tile of a row by a team. Lists are the same in every run: a scan over the threads gives
+// each of them its places.
+template <int TEAM, class T>
+struct Pass {
   using S = ArithmeticOf<T>;
-  constexpr int W = 16 / sizeof(T);
-  const bool packed = scores.stride == 1;
-  int count = 0;
-  bool nan = false;
-  // Places are class + lead, so that base + a multiple of W is a multiple of 16 bytes.
-  const int lead = packed ? (int)((uintptr_t)(scores.at + begin) % 16 / sizeof(T)) : 0;
-  const T* base = scores.at + (begin - lead) * scores.stride;
-  const int64_t n = end - begin + lead;
-  for (int64_t start = 0; start < n; start += TEAM * W * kUnroll) {
-    T x[kUnroll][W];
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t p = start + (int64_t)(u * TEAM + Team<TEAM>::rank()) * W;
-      if (packed && p >= lead && p + W <= n) {
-        const uint4 v = *(const uint4*)(base + p);
-        memcpy(x[u], &v, 16);
-      } else {
-        for (int i = 0; i < W; ++i) {
-          x[u][i] = T{};
-          if (p + i >= lead && p + i < n) x[u][i] = base[(p + i) * scores.stride];
-        }
-      }
-    }
-    unsigned hits = 0;  // bit u * W + i: score i of vector u
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t p = start + (int64_t)(u * TEAM + Team<TEAM>::rank()) * W;
-      unsigned mask = above<T, S>(x[u], cut);
-      if (mask && (p < lead || p + W > n))  // vectors at the ends read positions outside the row
-        for (int i = 0; i < W; ++i)
-          if (p + i < lead || p + i >= n) mask &= ~(1u << i);
-      hits |= mask << u * W;
-    }
-    if (!__ballot_sync(kFull, hits != 0)) continue;
-    const int end_of_own = count + sum_to_lane(__popc(hits));
-    int to = end_of_own - __popc(hits);
-    count = __shfl_sync(kFull, end_of_own, 31);
-    for (; hits; hits &= hits - 1, ++to) {  // a score is read again: the registers have no index
-      const int bit = __ffs(hits) - 1;
-      const int64_t c = begin - lead + start + (int64_t)(bit / W * TEAM + Team<TEAM>::rank()) * W + bit % W;
-      const S score = scores[c];
-      nan |= score != score;
-      if (to < capacity) list[to] = {score, (int32_t)c};
-    }
+  using Threads = Team<TEAM>;
+  static constexpr int W = kWide<T>, kTile = TEAM * W * kUnroll;
+
+  const Row<T>& row;
+  Mask<T>* bits;
+  int32_t lead;  // places of the first tile that lie before the row
+
+  __device__ Pass(const Row<T>& row_, Mask<T>* bits_) : row(row_), bits(bits_) {
+    lead = row.scores.stride == 1 ? (int32_t)((uintptr_t)row.scores.at % 16 / sizeof(T)) : 0;
   }
-  return __ballot_sync(kFull, nan) ? -1 : count;
+
+  __device__ __forceinline__ Progress start(int first, int step) const {
+    return {first, step, (int32_t)((row.scores.n + lead + kTile - 1) / kTile), 0, 0, 0};
+  }
+
+  // The class at the first place of a tile, or less.
+  __device__ __forceinline__ int64_t first_class(int32_t tile) const { return (int64_t)tile * kTile - lead; }
+
+  // The mask of this thread's scores of a tile.
+  __device__ __forceinline__ uint32_t mask_of(int32_t tile) const {
+    constexpr int kShift = sizeof(T) == 2 ? 4 : W;
+    const Scores<T>& scores = row.scores;
+    const S cut = row.cut;
+    const int64_t start = first_class(tile);
+    const int begin = start < 0 ? (int)-start : 0;  // places [begin, end) of the tile are in the row
+    const int end = scores.n - start < kTile ? (int)(scores.n - start) : kTile;
+    uint32_t mask = 0;
+    if (scores.stride == 1) {
+      const T* at = scores.at + start + Threads::rank() * W;
+      uint4 v[kUnroll];
+      if (begin == 0 && end == kTile) {
+        for (int u = 0; u < kUnroll; ++u) v[u] = *(const uint4*)(at + u * TEAM * W);
+        for (int u = 0; u < kUnroll; ++u) mask |= hits_of<T>(v[u], cut) << u * kShift;
+        return mask;
+      }
+      bool whole[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) {
+        const int place = (u * TEAM + Threads::rank()) * W;
+        whole[u] = place >= begin && place + W <= end;
+        v[u] = whole[u] ? *(const uint4*)(at + u * TEAM * W) : uint4{0, 0, 0, 0};
+      }
+      for (int u = 0; u < kUnroll; ++u) mask |= whole[u] ? hits_of<T>(v[u], cut) << u * kShift : 0u;
+      if (begin == 0 && end % W == 0) return mask;
+    }
+#pragma unroll 1
+    for (int bit = 0; bit < W * kUnroll; ++bit) {  // of 16 bytes that are not all in the row, or that lie apart
+      const int place = place_of_bit<TEAM, T>(bit), first = place / W * W;
+      if (place < begin || place >= end) continue;
+      if (scores.stride == 1 && first >= begin && first + W <= end) continue;
+      mask |= !(scores[start + place] <= cut) ? 1u << bit : 0u;
+    }
+    return mask;
+  }
+
+  // Reads the masks of the next segment. Each thread reads later only those that it wrote.
+  __device__ __forceinline__ void read_segment(Progress& at) const {
+    at.segment = at.tile;
+#pragma unroll 1
+    for (int slot = 0; slot < kSlots<TEAM> && at.tile < at.tiles; ++slot, at.tile += at.step)
+      bits[slot * TEAM + Threads::rank()] = (Mask<T>)mask_of(at.tile);
+  }
+
+  // The hits of a segment in the threads before this one; all of them go to `hits`.
+  __device__ __forceinline__ int hits_before(const Progress& at, int64_t* scratch, int32_t& hits) const {
+    int count = 0;
+    int32_t tile = at.segment;
+#pragma unroll 1
+    for (int slot = 0; slot < kSlots<TEAM> && tile < at.tile; ++slot, tile += at.step)
+      count += __popc((uint32_t)bits[slot * TEAM + Threads::rank()]);
+    const int up_to = sum_to_lane(count);
+    int before = up_to - count;
+    if (TEAM == 32) {
+      hits = __shfl_sync(kFull, up_to, 31);
+      return before;
+    }
+    Threads::sync();
+    if (lane_of() == 31) scratch[Threads::warp()] = up_to;
+    Threads::sync();
+    hits = 0;
+    for (int w = 0; w < Threads::kWarps; ++w) {
+      before += w < Threads::warp() ? (int)scratch[w] : 0;
+      hits += (int32_t)scratch[w];
+    }
+    return before;
+  }
+
+  // Lists the classes of a segment's hits, `wanted` of them, from the one that is `place` before this thread's first.
+  __device__ __forceinline__ void list_hits(const Progress& at, int place, int wanted, Contender<S>* list) const {
+    int32_t tile = at.segment;
+#pragma unroll 1
+    for (int slot = 0; slot < kSlots<TEAM> && tile < at.tile; ++slot, tile += at.step)
+      for (uint32_t mask = bits[slot * TEAM + Threads::rank()]; mask; mask &= mask - 1, ++place)
+        if (place >= 0 && place < wanted)
+          list[place].class_id = (int32_t)(first_class(tile) + place_of_bit<TEAM, T>(first_lane(mask)));
+  }
+};
+
+// Goes on with a pass until the list is full or the row is over; a barrier, too. Scores are read again for the list:
+// they are in a cache.
+template <int TEAM, class T, class S>
+__device__ void collect(const Row<T>& row, Mask<T>* bits, Progress& progress, Listed<S>& listed, int64_t* scratch) {
+  using Threads = Team<TEAM>;
+  const Pass<TEAM, T> pass(row, bits);
+  Progress at = progress;
+  const S cut = row.cut;
+  Contender<S>* list = listed.at;
+  int n = 0;
+  S above = (S)0;
+  bool nan = false;
+  while (n < listed.capacity && !at.over()) {
+    if (at.taken == at.hits) {
+      pass.read_segment(at);
+      at.taken = 0;
+    }
+    const int before = pass.hits_before(at, scratch, at.hits);
+    const int left = at.hits - at.taken, room = listed.capacity - n, wanted = left < room ? left : room;
+    if (!wanted) continue;
+    pass.list_hits(at, before - at.taken, wanted, list + n);
+    at.taken += wanted;
+    Threads::sync();
+#pragma unroll 1
+    for (int i = n + Threads::rank(); i < n + wanted; i += TEAM) {
+      const S score = row.scores[list[i].class_id];
+      list[i].score = score;
+      nan |= score != score, above += score - cut;
+    }
+    n += wanted;
+  }
+  above = Threads::sum(above, scratch);
+  nan = Threads::any(nan);
+  if (Threads::rank() == 0) {
+    listed.whole = progress.tile < at.step && at.over();
+    listed.n = n, listed.above_cut = above / (S)n, listed.nan = nan;
+    progress = at;
+  }
+  Threads::sync();
 }
 
 // Whether fewer scores of the row than `wanted` are above -inf.
@@ -113,7 +220,7 @@ __device__ bool finite_are_fewer(const Scores<T>& scores, int64_t wanted, int64_
     int64_t here = 0;
     for (int64_t c = start + Team<TEAM>::rank(); c < scores.n && c < start + 64 * TEAM; c += TEAM)
       here += scores[c] > -infinity<ArithmeticOf<T>>();
-    finite += Team<TEAM>::reduce(here, scratch, Sum<int64_t>());
+    finite += Team<TEAM>::sum(here, scratch);
   }
   return finite < wanted;
 }

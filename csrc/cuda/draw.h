@@ -1,120 +1,150 @@
 // The draws of a row's contenders, for several samples side by side.
 //
-// Threads share the contenders, four draws a call of noise.h's `philox`. Words that pass a bound wait in their sample's
-// list of survivors until a warp turns them into noise; a word that `word_bound` drops could not have entered.
+// Threads share the contenders, four draws a call of noise.h's `philox`. The 32 contenders that are likely to be high,
+// the pilot, are drawn first: they give `reach`, which every sample's k-th best attains. A word that cannot lift its
+// contender to `reach` is dropped by a comparison (`word_bound`); the others, the survivors, wait in their sample's
+// list until a warp turns them into noise, 32 at a time.
 #pragma once
 
 #include "../bounds.h"
-#include "best.h"
 #include "collect.h"
 
 namespace topk_fast {
 namespace {
 
-constexpr int kFirstTile = 32;  // contenders whose draws make the first bound
-
-struct Samples {
-  int64_t first;
-  int count;
-};
-
-// Words that passed their bounds, a list a sample.
-struct Survivors {
-  Survivor* lists;  // [samples, capacity]
-  int* counts;      // [kSamples]
-  int capacity;
-
-  // Appends those of a warp's words that passed.
-  __device__ __forceinline__ void append(int sample, bool passed, Survivor mine) const {
-    const unsigned mask = __ballot_sync(kFull, passed);
-    if (!mask) return;
-    int at = 0;
-    if (threadIdx.x % 32 == 0) at = atomicAdd(&counts[sample], __popc(mask));
-    at = __shfl_sync(kFull, at, 0) + __popc(mask & lanes_before());
-    if (passed) lists[sample * capacity + at] = mine;
+// Moves contenders with a score above `high` to the front of the list, kPilot at most, by one warp. Returns how many
+// contenders the pilot has: the first ones where fewer than k are that high.
+template <class S>
+__device__ int bring_forward(Contender<S>* list, int n, S high, int k, int32_t* pilot) {
+  const int lane = lane_of(), all = n < kPilot ? n : kPilot;
+  int found = 0;
+  for (int start = 0; start < n && found < kPilot; start += 32) {
+    const int i = start + lane;
+    const bool is_high = i < n && list[i].score > high;
+    const unsigned mask = __ballot_sync(kFull, is_high);
+    const int place = found + __popc(mask & lanes_before());
+    if (is_high && place < kPilot) pilot[place] = i;
+    found += __popc(mask);
   }
-  __device__ __forceinline__ int longest(int samples) const {
-    int most = 0;
-    for (int b = 0; b < samples; ++b) most = counts[b] > most ? counts[b] : most;
-    return most;
+  found = found < kPilot ? found : kPilot;
+  if (found < k) return all;
+  __syncwarp();
+  // The high ones ascend: those that lie in front already come first, the others take the places that are left.
+  const int mine = lane < found ? pilot[lane] : n;
+  const int in_front = __popc(__ballot_sync(kFull, mine < found));
+  const bool is_free = lane < found && !(list[lane].score > high);
+  const unsigned free = __ballot_sync(kFull, is_free);
+  const int other = __shfl_sync(kFull, mine, (in_front + __popc(free & lanes_before())) % 32);
+  if (is_free) {
+    const Contender<S> low = list[lane];
+    list[lane] = list[other], list[other] = low;
   }
-};
+  __syncwarp();
+  return found;
+}
+
+// Draws the words of `tile` contenders of the list from `done` on and keeps the survivors. All words survive where
+// `reach` is -inf, and then no others wait.
+template <class L, int TEAM, class T>
+__device__ __forceinline__ void draw_tile(const Args& a, State<T>& state, int done, int tile) {
+  using S = ArithmeticOf<T>;
+  const S reach = state.reach;
+  const int rank = Team<TEAM>::rank();
+  if (rank - lane_of() >= tile) return;
+  const Row<T>& row = state.row;
+  const bool here = rank < tile, all = reach == -infinity<S>();
+  const Contender<S> c = here ? state.listed.at[done + rank] : Contender<S>{-infinity<S>(), 0};
+  int32_t bound = here ? 0x7fffffff : -1;
+  if (here && !all) bound = word_bound<L, Scalar>((float)c.score, (float)reach, row.rough_epsilon);
+#pragma unroll 1
+  for (int quad = 0; quad * 4 < state.n_samples; ++quad) {
+    const Words w = row.words((uint32_t)(c.class_id + row.first_class), (uint32_t)(state.first_sample / 4 + quad), 0);
+    const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
+    const int samples = state.n_samples - quad * 4;
+    int32_t* counts = state.counts + quad * 4;
+    Survivor* survivors = state.survivors(a.layout, quad * 4);
+    for (int j = 0; j < 4; ++j) {
+      if ((int32_t)(words[j] >> 8) > bound || j >= samples) continue;
+      const int place = all ? rank : atomicAdd(counts + j, 1);
+      if (place < a.layout.held) survivors[j * a.layout.held + place] = {words[j], done + rank};
+    }
+  }
+  if (all && rank < state.n_samples) state.counts[rank] = tile;
+}
 
 // Draws the noise of a sample's survivors and enters the noised scores into its list.
-template <class L, class T, class S>
-__device__ void absorb(const Row<T>& row, const Survivor* survivors, int count, const Best<S>& best) {
+template <class L, class T>
+__device__ __forceinline__ void absorb(const Args& a, State<T>& state, int sample) {
+  using S = ArithmeticOf<T>;
+  Best<S> best(state.lists, sample);
+  const Survivor* survivors = state.survivors(a.layout, sample);
+  const int count = state.counts[sample];
+#pragma unroll 1
   for (int start = 0; start < count; start += 32) {
-    const int at = start + (int)(threadIdx.x % 32);
-    S value = -infinity<S>();
-    int32_t class_id = 0;
-    if (at < count) {
-      const Survivor s = survivors[at];
-      const Contender<S> c = row.contender(s.contender);
-      value = c.score + row.epsilon * (S)L::template draw<Scalar>((int32_t)s.word);
-      class_id = c.class_id + row.first_class;
-    }
-    best.enter_lanes(at < count && value > -infinity<S>(), value, class_id);
+    const int at = start + lane_of();
+    const Survivor mine = survivors[at < count ? at : 0];
+    const Contender<S> c = state.listed.at[mine.contender];
+    const S value = c.score + state.row.epsilon * (S)L::template draw<Scalar>((int32_t)mine.word);
+    best.take(at < count && value > -infinity<S>(), value, c.class_id + state.row.first_class);
   }
+  best.store();
 }
 
-// Draws the words of the contenders [done, done + tile) and keeps the survivors: those that can lift their contender to
-// `reach`. True where this thread's contender is NaN.
-template <class L, int TEAM, class T, class S>
-__device__ __forceinline__ bool draw_tile(const Row<T>& row, int32_t done, int tile, Samples samples, S reach,
-                                          const Survivors& survivors) {
-  const int rank = Team<TEAM>::rank();
-  const int32_t i = done + rank;
-  const bool here = rank < tile && i < row.n;
-  Contender<S> c = {-infinity<S>(), 0};
-  if (here) c = row.contender(i);
-  int32_t bound = -1;
-  if (here && c.score > row.cut) bound = word_bound<L, Scalar>((float)c.score, (float)reach, row.rough_epsilon);
-  for (int quad = 0; quad * 4 < samples.count; ++quad) {
-    const Words w = row.words((uint32_t)(c.class_id + row.first_class), (uint32_t)(samples.first / 4 + quad), 0);
-    const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
-    for (int j = 0; j < 4; ++j) {
-      if (quad * 4 + j >= samples.count) break;
-      survivors.append(quad * 4 + j, (int32_t)(words[j] >> 8) <= bound, {words[j], i});
-    }
-  }
-  return c.score != c.score;
+// The value that every sample's k-th best attains.
+template <class S>
+__device__ __forceinline__ S reach_of(const Lists<S>& lists, int samples) {
+  const int lane = lane_of();
+  const auto key = ordered(lane < samples ? lists.worst(lane) : infinity<S>());
+  return unordered(~most_of_lanes(~key));
 }
 
-// The k best of every sample's contenders into its list. True where a contender is NaN.
-template <class L, int TEAM, class T, class S>
-__device__ bool draw(const Row<T>& row, Samples samples, const Survivors& survivors, const Lists<S>& lists,
-                     int64_t* scratch) {
+// Enters the listed contenders into every sample's list and raises `reach`. A tile with more survivors than there is
+// room for is drawn again, after those before it were absorbed or in parts.
+template <class L, int TEAM, class T>
+__device__ void draw(const Args& a, State<T>& state) {
   using Threads = Team<TEAM>;
-  const int rank = Threads::rank();
-  for (int b = Threads::warp(); b < samples.count; b += TEAM / 32) lists[b].clear();
-  if (rank < kSamples) survivors.counts[rank] = 0;
-  Threads::sync();
-  S reach = -infinity<S>();  // every sample's k-th best is at least this
-  bool nan = false;
-  int32_t done = 0;
-  while (done < row.n) {
-    // Tiles until some sample's list is nearly full; the first is small, for it makes the first bound.
-    int waiting = 0;
-    do {
-      const int tile = done == 0 ? kFirstTile : TEAM;
-      nan |= draw_tile<L, TEAM>(row, done, tile, samples, reach, survivors);
-      done += tile;
-      Threads::sync();
-      waiting = survivors.longest(samples.count);
-      Threads::sync();
-    } while (done > kFirstTile && done < row.n && waiting + TEAM <= survivors.capacity);
-    for (int b = Threads::warp(); b < samples.count; b += TEAM / 32)
-      absorb<L>(row, survivors.lists + b * survivors.capacity, survivors.counts[b], lists[b]);
-    Threads::sync();
-    reach = infinity<S>();
-    for (int b = 0; b < samples.count; ++b) {
-      const S worst = lists[b].worst();
-      reach = worst < reach ? worst : reach;
+  using S = ArithmeticOf<T>;
+  const int rank = Threads::rank(), n = state.listed.n;
+  int done = 0, tile = kPilot, most = TEAM;
+  if (rank < kSamples) state.counts[rank] = 0;
+  if (state.reach == -infinity<S>() && n > kPilot) {
+    if (Threads::warp() == 0) {
+      // As many as the pilot has exceed this, if scores have an exponential tail.
+      const S high = state.row.cut + state.listed.above_cut * (S)ln<Scalar>((float)n / kPilot);
+      tile = bring_forward(state.listed.at, n, high, state.lists.k, state.pilot);
+      if (lane_of() == 0) state.scratch[0] = tile;
     }
-    if (rank < kSamples) survivors.counts[rank] = 0;
     Threads::sync();
+    tile = (int)state.scratch[0];
   }
-  return Threads::reduce((int)nan, scratch, Most<int>()) != 0;
+  Threads::sync();
+#pragma unroll 1
+  for (bool waiting = false; done < n;) {
+    tile = tile < n - done ? tile : n - done;
+    const int before = rank < kSamples ? state.counts[rank] : 0;
+    Threads::sync();
+    draw_tile<L, TEAM>(a, state, done, tile);
+    Threads::sync();
+    const bool over = __any_sync(kFull, lane_of() < state.n_samples && state.counts[lane_of()] > a.layout.held);
+    Threads::sync();
+    if (over && rank < kSamples) state.counts[rank] = before;
+    if (over && !waiting) most = kPilot;  // as many as fit
+    if (!over) done += tile;
+    if (over ? waiting : done >= n || state.reach == -infinity<S>()) {
+      Threads::sync();
+#pragma unroll 1
+      for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps) absorb<L>(a, state, b);
+      Threads::sync();
+      const S reach = reach_of(state.lists, state.n_samples);
+      if (rank == 0) state.reach = reach;
+      if (rank < kSamples) state.counts[rank] = 0;
+      waiting = false;
+    } else {
+      waiting = !over;
+    }
+    Threads::sync();
+    tile = state.reach > -infinity<S>() ? most : kPilot;
+  }
 }
 
 }  // namespace

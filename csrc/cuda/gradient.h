@@ -1,7 +1,7 @@
 // The gradient of the scores, or of a slice of the classes: topk_fast/reference.py's `gradient`.
 //
-// A block fills its share of the flat output with zeros, 16 bytes a store, then writes the entries that fall into it:
-// each byte goes to memory once, but for those entries. Threads take the entries of all rows of the share.
+// A block finds the entries that fall into its share of the flat output, fills the share with zeros, 16 bytes a store,
+// and writes the entries: each byte goes to memory once, but for those. Threads take the entries of all rows.
 #pragma once
 
 #include "team.h"
@@ -27,6 +27,36 @@ __device__ S entry_of(const Gradient& g, int64_t n, int64_t c, bool is_target) {
   return is_target ? entry - total : entry;
 }
 
+// What a thread writes for the i-th entry of a share: a value at a place of the flat output, or every `step`-th NaN.
+template <class S>
+struct Entry {
+  int64_t place, end, step;
+  S value;
+};
+
+// The i-th entry of the rows from `first` on, of which `begin` to `end` of the output are the share.
+template <class S>
+__device__ __forceinline__ Entry<S> find_entry(const Gradient& g, int64_t first, int64_t i, int64_t begin,
+                                               int64_t end) {
+  const int64_t ids = g.n_sample * g.n_ranks, entries = ids + 1;  // the target's entry is the last of a row
+  const int64_t n = first + i / entries, j = i % entries, start = n * g.n_classes;
+  const int64_t y = g.target ? g.target[n] : -1;
+  const int64_t c = j < ids ? g.classes[n * ids + j] : y, place = start + c - g.first_class;
+  if (g.classes[n * ids] == -2) {
+    const int64_t to = start + g.n_classes < end ? start + g.n_classes : end;
+    return {(start > begin ? start : begin) + j, to, entries, (S)__builtin_nan("")};
+  }
+  const bool ignored = g.target && y == g.ignore_index;
+  if (ignored || c < 0 || place < start || place >= start + g.n_classes || place < begin || place >= end)
+    return {end, end, 1, (S)0};
+  return {place, place + 1, 1, entry_of<S>(g, n, c, c == y)};
+}
+
+template <class T, class S>
+__device__ __forceinline__ void write_entry(const Entry<S>& entry, T* out) {
+  for (int64_t at = entry.place; at < entry.end; at += entry.step) round_to(entry.value, out + at);
+}
+
 template <class T>
 __device__ void write_gradient(const Gradient& g) {
   using S = ArithmeticOf<T>;
@@ -34,7 +64,11 @@ __device__ void write_gradient(const Gradient& g) {
   constexpr int64_t kShare = kGradientBytes / sizeof(T);
   const int64_t begin = (int64_t)blockIdx.x * kShare, size = g.n_rows * g.n_classes;
   const int64_t end = begin + kShare < size ? begin + kShare : size;
+  const int64_t first = begin / g.n_classes, last = (end - 1) / g.n_classes;
+  const int64_t n_entries = (last - first + 1) * (g.n_sample * g.n_ranks + 1);
   T* out = (T*)g.out;
+  Entry<S> entry{end, end, 1, (S)0};  // the first one's loads are on their way while zeros are stored
+  if (threadIdx.x < n_entries) entry = find_entry<S>(g, first, threadIdx.x, begin, end);
   for (int64_t i = begin + (int64_t)threadIdx.x * W; i < end; i += kBlock * W) {
     if (i + W <= end)
       *(uint4*)(out + i) = uint4{0, 0, 0, 0};
@@ -42,22 +76,9 @@ __device__ void write_gradient(const Gradient& g) {
       for (int64_t j = i; j < end; ++j) round_to((S)0, out + j);
   }
   __syncthreads();
-  const int64_t ids = g.n_sample * g.n_ranks, entries = ids + 1;  // the target's entry is the last of a row
-  const int64_t first = begin / g.n_classes, last = (end - 1) / g.n_classes;
-  for (int64_t i = threadIdx.x; i < (last - first + 1) * entries; i += kBlock) {
-    const int64_t n = first + i / entries, j = i % entries, start = n * g.n_classes;
-    const int64_t y = g.target ? g.target[n] : -1;
-    if (g.classes[n * ids] == -2) {
-      const int64_t to = start + g.n_classes < end ? start + g.n_classes : end;
-      for (int64_t at = (start > begin ? start : begin) + j; at < to; at += entries)
-        round_to((S)__builtin_nan(""), out + at);
-      continue;
-    }
-    if (g.target && y == g.ignore_index) continue;
-    const int64_t c = j < ids ? g.classes[n * ids + j] : y, place = c - g.first_class;
-    if (c < 0 || place < 0 || place >= g.n_classes || start + place < begin || start + place >= end) continue;
-    round_to(entry_of<S>(g, n, c, c == y), out + start + place);
-  }
+  write_entry(entry, out);
+  for (int64_t i = threadIdx.x + kBlock; i < n_entries; i += kBlock)
+    write_entry(find_entry<S>(g, first, i, begin, end), out);
 }
 
 }  // namespace

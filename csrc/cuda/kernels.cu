@@ -1,39 +1,55 @@
 // The k best of s + epsilon * Z for every row and sample, the excesses made of them, and the gradient, in CUDA.
 //
 // Formula and sampler: topk_fast/reference.py; draws: noise.h. A team of 32 or 128 threads takes a row through its
-// stages (search.h): `cut_of` finds the cut from groups of classes, `collect` streams the row and keeps the contenders,
+// stages (search.h): `cut_of` finds the cut from groups of classes, `collect` streams the row and lists the contenders,
 // `draw` gives them noise, `walk` lets all others come as arrivals, a warp a sample, and each rank's mean is taken.
-// With few long rows, several blocks collect each row first, in a launch of their own.
-// Fused: noise lives in registers; a draw costs a comparison of its word, and a normal only where that passes.
-// Bytes: the row once (twice where it does not fit into shared memory: 1/stride of it for the cut), 32 for each
-// arrival's score; the gradient's once. Bits: every rounding is noise.h's or written here, without contraction
-// (--fmad=false); what `word_bound` drops could not have entered. Lists are kept in (value, class) order, which is
-// total: no result depends on the order in which threads find things.
+// Teams on a multiprocessor are in different stages, so that some stream while others search. With few long rows,
+// several blocks collect each row first, in launches of their own. Fused: noise lives in registers; a draw costs a
+// comparison of its word, and a normal only where that passes. Bytes: the row once, 1/stride of it twice for the cut,
+// 32 for each arrival's score; the gradient's once. Bits: every rounding is noise.h's or written here, without
+// contraction (--fmad=false); what `word_bound` drops could not have entered. Lists are kept in (value, class) order,
+// which is total: no result depends on the order of the threads.
 #include "gradient.h"
 #include "search.h"
 
 namespace topk_fast {
 namespace {
 
-// The lists of one part of a row, [rows * parts] blocks.
 template <class T>
-__global__ void __launch_bounds__(kBlock) collect_kernel(const Args a) {
+__device__ __forceinline__ Scores<T> scores_of(const Search& p, int64_t n) {
+  return {(const T*)p.scores + n * p.row_stride, p.class_stride, p.n_classes};
+}
+
+// The cuts of rows that several blocks collect, a block a row.
+template <class T>
+__global__ void __launch_bounds__(kBlock, kResident) cut_kernel(const Args a) {
   TOPK_FAST_SHARED(shared);
   using S = ArithmeticOf<T>;
-  const int64_t n = blockIdx.x / a.layout.parts, part = blockIdx.x % a.layout.parts;
+  const int64_t n = blockIdx.x;
   if (is_ignored(a.search, n)) return;
-  const Memory<S> memory(a, shared, n);
-  const Scores<T> scores{(const T*)a.search.scores + n * a.search.row_stride, a.search.class_stride,
-                         a.search.n_classes};
-  const S cut = cut_of<kBlock>(a, scores, memory);
-  const int64_t share = (scores.n + a.layout.parts - 1) / a.layout.parts, begin = part * share;
-  const int64_t end = begin + share < scores.n ? begin + share : scores.n;
-  const int segment = (int)part * (kBlock / 32) + Team<kBlock>::warp();
-  Contender<S>* list = memory.lists + (int64_t)segment * a.layout.capacity;
-  const int count = begin < end ? collect<kBlock>(scores, begin, end, cut, list, a.layout.capacity) : 0;
-  char* header = header_of(a, n);
-  if (Team<kBlock>::lane() == 0) ((int32_t*)(header + 16))[segment] = count;
-  if (part == 0 && threadIdx.x == 0) *(S*)header = cut;
+  const S cut = cut_of<kBlock>(a, scores_of<T>(a.search, n), make_state<kBlock, T>(a, shared, n));
+  if (threadIdx.x == 0) *Parts<S>(a, n).cut = cut;
+}
+
+// The contenders of one part of a row, [rows * parts] blocks.
+template <class T>
+__global__ void __launch_bounds__(kBlock, kResident) collect_kernel(const Args a) {
+  TOPK_FAST_SHARED(shared);
+  using S = ArithmeticOf<T>;
+  const int64_t n = blockIdx.x / a.layout.parts;
+  const int part = (int)(blockIdx.x % a.layout.parts);
+  if (is_ignored(a.search, n)) return;
+  const Parts<S> parts(a, n);
+  State<T>& state = make_state<kBlock, T>(a, shared, n);
+  if (threadIdx.x == 0) {
+    state.row.scores = scores_of<T>(a.search, n), state.row.cut = *parts.cut;
+    state.progress = Pass<kBlock, T>(state.row, state.bits(a.layout)).start(part, a.layout.parts);
+    state.listed.at = parts.list + (int64_t)part * a.layout.part_capacity;
+    state.listed.capacity = a.layout.part_capacity;
+  }
+  __syncthreads();
+  collect<kBlock>(state.row, state.bits(a.layout), state.progress, state.listed, state.scratch);
+  if (threadIdx.x == 0) parts.counts[part] = state.progress.over() ? state.listed.n : -1;
 }
 
 template <class T, class L, int TEAM>
@@ -42,16 +58,16 @@ __global__ void __launch_bounds__(kBlock, kResident) search_kernel(const Args a)
   using S = ArithmeticOf<T>;
   const Search& p = a.search;
   const int team = (int)(threadIdx.x / TEAM), teams = kBlock / TEAM;
-  const int64_t slot = (int64_t)blockIdx.x * teams + team;
-  const Memory<S> memory(a, shared + team * a.layout.shared, slot);
-  for (int64_t n = slot; n < p.n_rows; n += (int64_t)gridDim.x * teams) {
-    if (is_ignored(p, n)) {
-      write_ignored<TEAM, S>(p, n);
-    } else if (p.target && (p.target[n] < 0 || p.target[n] >= p.n_classes)) {
+  State<T>& state = make_state<TEAM, T>(a, shared + team * a.layout.shared, (int64_t)blockIdx.x * teams + team);
+  while (state.n < p.n_rows) {
+    if (is_ignored(p, state.n))
+      write_ignored<TEAM, S>(p, state.n);
+    else if (p.target && (p.target[state.n] < 0 || p.target[state.n] >= p.n_classes))
       TOPK_FAST_STOP("target out of bounds");
-    } else {
-      search_row<T, L, TEAM>(a, memory, n);
-    }
+    else
+      search_row<L, TEAM>(a, state);
+    Team<TEAM>::sync();
+    if (Team<TEAM>::rank() == 0) state.n += (int64_t)gridDim.x * teams;
     Team<TEAM>::sync();
   }
 }
@@ -65,8 +81,10 @@ template <class T, class L>
 void launch_search(const Args& a, cudaStream_t stream) {
   const unsigned shared = (unsigned)(a.layout.shared * a.layout.teams);
   if (a.layout.parts > 1) {
-    const auto kernel = collect_kernel<T>;
-    TOPK_FAST_LAUNCH(kernel, (unsigned)(a.search.n_rows * a.layout.parts), kBlock, shared, stream, a);
+    const auto cut = cut_kernel<T>;
+    TOPK_FAST_LAUNCH(cut, (unsigned)a.search.n_rows, kBlock, shared, stream, a);
+    const auto collect = collect_kernel<T>;
+    TOPK_FAST_LAUNCH(collect, (unsigned)(a.search.n_rows * a.layout.parts), kBlock, shared, stream, a);
   }
   const auto kernel = a.layout.team == 32 ? search_kernel<T, L, 32> : search_kernel<T, L, kBlock>;
   TOPK_FAST_LAUNCH(kernel, (unsigned)a.layout.blocks, kBlock, shared, stream, a);
@@ -98,21 +116,24 @@ int last_error() {
 using namespace topk_fast;
 
 #ifdef __CUDACC__
-extern "C" int topk_cuda_processors(int device) {
-  int n = 0;
-  return cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && n > 0 ? n : 1;
+extern "C" Gpu topk_cuda_gpu(int device) {
+  const auto get = [device](cudaDeviceAttr attribute, int otherwise) {
+    int n = 0;
+    return cudaDeviceGetAttribute(&n, attribute, device) == cudaSuccess && n > 0 ? n : otherwise;
+  };
+  return {get(cudaDevAttrMultiProcessorCount, 1), get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kBlockBudget)};
 }
 
 extern "C" const char* topk_cuda_message(int error) { return cudaGetErrorString((cudaError_t)error); }
 #endif
 
-extern "C" int64_t topk_cuda_workspace(const Search* search, int n_processors) {
-  return arguments(*search, n_processors).layout.workspace;
+extern "C" int64_t topk_cuda_workspace(const Search* search, const Gpu* gpu) {
+  return arguments(*search, *gpu).layout.workspace;
 }
 
-extern "C" int topk_cuda_search(const Search* search, int n_processors, void* workspace, void* stream_) {
+extern "C" int topk_cuda_search(const Search* search, const Gpu* gpu, void* workspace, void* stream_) {
   if (!search->n_rows) return 0;
-  Args a = arguments(*search, n_processors);
+  Args a = arguments(*search, *gpu);
   a.workspace = (char*)workspace;
   const cudaStream_t stream = (cudaStream_t)stream_;
   switch (search->type) {

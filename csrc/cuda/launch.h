@@ -5,8 +5,19 @@
 
 #include "../request.h"
 
-extern "C" int topk_cuda_processors(int device);
-extern "C" int64_t topk_cuda_workspace(const topk_fast::Search* search, int n_processors);  // bytes
-extern "C" int topk_cuda_search(const topk_fast::Search* search, int n_processors, void* workspace, void* stream);
+namespace topk_fast {
+
+// What a layout depends on.
+struct Gpu {
+  int32_t processors;     // multiprocessors
+  int32_t shared_memory;  // bytes of each of them
+};
+
+}  // namespace topk_fast
+
+extern "C" topk_fast::Gpu topk_cuda_gpu(int device);
+extern "C" int64_t topk_cuda_workspace(const topk_fast::Search* search, const topk_fast::Gpu* gpu);  // bytes
+extern "C" int topk_cuda_search(const topk_fast::Search* search, const topk_fast::Gpu* gpu, void* workspace,
+                                void* stream);
 extern "C" int topk_cuda_gradient(const topk_fast::Gradient* gradient, void* stream);
 extern "C" const char* topk_cuda_message(int error);

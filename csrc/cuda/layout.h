@@ -1,17 +1,22 @@
-// Launch shapes and the places of everything in memory, by (N, L, dtype, k, n_sample).
+// Launch shapes and the places of everything in memory, by (N, L, dtype, k, n_sample) and the GPU.
 #pragma once
 
+#include <new>
+
 #include "../noise.h"
-#include "team.h"
+#include "best.h"
 
 namespace topk_fast {
 namespace {
 
-constexpr int kGroups = 1024;  // more than `plan` ever looks at
-constexpr int kMaxParts = 16;  // blocks that share a row
-constexpr int kSharedBudget = 46 << 10;
-constexpr int kResident = 4;  // blocks of a search that run on a multiprocessor at a time, by its registers
-constexpr int kSamples = 16;  // samples of a row that are searched side by side, at most
+constexpr int kUnroll = 4;            // 16-byte loads in flight in each thread that collects
+constexpr int kSegmentBytes = 16384;  // of a row, whose hits a warp's bitmap holds; a block's holds four times as many
+constexpr int kMaxParts = 16;         // blocks that share a row
+constexpr int kSamples = 16;          // samples of a row that are searched side by side, at most
+constexpr int kResident = 8;          // blocks of a search that run on a multiprocessor at a time, by its registers
+constexpr int kPilot = 32;            // contenders whose draws make the first bound
+constexpr int kMostAtOnce = 4096;     // contenders in a team's list, about
+constexpr int kBlockBudget = 46 << 10;  // bytes of shared memory that every GPU gives a block
 
 // Clean scores of a row, widened when they are read.
 template <class T>
@@ -34,17 +39,33 @@ struct Survivor {
   int32_t contender;
 };
 
+// The hits among the scores that a thread loads at a time, a bit each.
+template <int BYTES>
+struct MaskOf {
+  using type = uint32_t;
+};
+template <>
+struct MaskOf<4> {
+  using type = uint16_t;
+};
+template <>
+struct MaskOf<8> {
+  using type = uint8_t;
+};
+template <class T>
+using Mask = typename MaskOf<sizeof(T)>::type;
+
 // The places of everything, in bytes from the start of a team's part of shared memory or of the workspace.
 struct Layout {
-  int team, teams;  // threads a row, teams a block
-  int parts;        // blocks that collect a row
-  int segments;     // warps' shares of a row, each with a list
-  int capacity;     // of a list
-  int samples;      // searched side by side: 4, 8, 12 or 16
-  int held;         // survivors of a sample that wait for their draws
-  int best_in_shared, lists_in_shared, row_in_shared;
-  int reduce_at, prefix_at, counts_at, work_at, best_at, lists_at, row_at, shared;
-  int64_t blocks, workspace_lists, workspace_slot, workspace_headers, workspace;
+  int team, teams;    // threads a row, teams a block
+  int parts;          // blocks that collect a row
+  int part_capacity;  // of the list of each
+  int capacity;       // of a team's list of contenders
+  int samples;        // searched side by side: 4, 8 or 16
+  int held;           // survivors of a sample that wait for their draws
+  int best_in_shared, list_in_shared;
+  int bits_at, keys_at, best_at, list_at, shared;  // the team's state comes first
+  int64_t blocks, workspace_list, workspace_slot, workspace_header, workspace_row, workspace;
 };
 
 // The argument of the kernels.
@@ -59,35 +80,99 @@ struct Args {
   double inverse_b;
 };
 
-// The places of a team, by their addresses.
+// The lists that the parts of a row leave for its search.
 template <class S>
-struct Memory {
-  int64_t* scratch;       // of reductions
-  int32_t* prefix;        // [segments + 1]: how many contenders stand before each segment
-  int* counts;            // [kSamples]
-  char* work;             // the keys of groups, then survivors [samples, held]
-  S* best_values;         // [samples, k]
-  int32_t* best_classes;  // [samples, k]
-  Contender<S>* lists;    // [segments, capacity]
-  char* row;              // the scores, where they are kept
+struct Parts {
+  S* cut;
+  int32_t* counts;     // [parts]: -1 where there are more contenders than a list holds
+  Contender<S>* list;  // [parts, part_capacity]
 
-  __device__ Memory(const Args& a, char* shared, int64_t slot) {
-    const Layout& l = a.layout;
-    char* own = a.workspace + a.search.n_rows * l.workspace_headers + slot * l.workspace_slot;
-    scratch = (int64_t*)(shared + l.reduce_at);
-    prefix = (int32_t*)(shared + l.prefix_at);
-    counts = (int*)(shared + l.counts_at);
-    work = shared + l.work_at;
-    best_values = (S*)(l.best_in_shared ? shared + l.best_at : own);
-    best_classes = (int32_t*)(best_values + l.samples * a.search.k);
-    lists = (Contender<S>*)(l.lists_in_shared ? shared + l.lists_at : own + l.workspace_lists);
-    row = shared + l.row_at;
+  __device__ Parts(const Args& a, int64_t n) {
+    char* own = a.workspace + n * a.layout.workspace_row;
+    cut = (S*)own;
+    counts = (int32_t*)(own + 16);
+    list = (Contender<S>*)(own + a.layout.workspace_header);
   }
 };
 
-// What the parts of a row leave for its search: the cut, and 16 bytes on the counts of the segments' contenders.
-__device__ __forceinline__ char* header_of(const Args& a, int64_t n) {
-  return a.workspace + n * a.layout.workspace_headers;
+// A row as the stages of its search see it.
+template <class T>
+struct Row {
+  using S = ArithmeticOf<T>;
+  Scores<T> scores;
+  S cut;
+  S epsilon;
+  float rough_epsilon;  // as the bounds take it
+  uint32_t number, key0, key1;
+  int32_t first_class;
+
+  __device__ __forceinline__ Words words(uint32_t c0, uint32_t c2, uint32_t stream) const {
+    return philox(c0, number, c2, stream, key0, key1);
+  }
+};
+
+// How far a pass over the tiles of a row has come.
+struct Progress {
+  int32_t tile, step, tiles;     // the next tile
+  int32_t segment, hits, taken;  // the first tile of the last segment, its hits, and those in the list
+  __device__ __forceinline__ bool over() const { return taken == hits && tile >= tiles; }
+};
+
+// Contenders in a team's list.
+template <class S>
+struct Listed {
+  Contender<S>* at;
+  int32_t capacity, n;
+  S above_cut;  // the mean distance of their scores from the cut
+  bool nan;     // whether a score is NaN
+  bool whole;   // whether they are all of the row's
+};
+
+// What a team knows. It lies in shared memory, so that it takes no registers: a thread reads what it needs.
+template <class T>
+struct State {
+  using S = ArithmeticOf<T>;
+  int64_t n;             // the row
+  int64_t first_sample;  // of those that are searched side by side
+  int32_t n_samples;
+  Row<T> row;
+  Progress progress;
+  Listed<S> listed;
+  int32_t counts[kSamples];  // survivors of each sample
+  int32_t pilot[kPilot];
+  S sums[kMaxRanks];             // of the ranks' values, over the samples so far
+  int64_t scratch[kBlock / 32];  // of reductions
+  Lists<S> lists;
+  S reach;  // every sample's k-th best attains it
+
+  __device__ State(const Args& a, char* shared, int64_t slot) : n(slot) {
+    const Layout& l = a.layout;
+    char* own = a.workspace + a.search.n_rows * l.workspace_row + slot * l.workspace_slot;
+    lists.values = (S*)(l.best_in_shared ? shared + l.best_at : own);
+    lists.classes = (int32_t*)(lists.values + l.samples * a.search.k);
+    lists.k = (int32_t)a.search.k;
+    listed.at = (Contender<S>*)(l.list_in_shared ? shared + l.list_at : own + l.workspace_list);
+    listed.capacity = l.capacity;
+  }
+
+  // What lies behind the state.
+  __device__ __forceinline__ Mask<T>* bits(const Layout& l) {  // [kSlots, team]: hits of a segment of the row
+    return (Mask<T>*)((char*)this + l.bits_at);
+  }
+  __device__ __forceinline__ char* keys(const Layout& l) { return (char*)this + l.keys_at; }
+  __device__ __forceinline__ Survivor* survivors(const Layout& l,
+                                                 int sample) {  // [held]; the keys are not used any more
+    return (Survivor*)((char*)this + l.keys_at) + sample * l.held;
+  }
+};
+
+// A team's state, made in its part of shared memory; a barrier, too.
+template <int TEAM, class T>
+__device__ __forceinline__ State<T>& make_state(const Args& a, char* shared, int64_t slot) {
+  State<T>* state = (State<T>*)shared;
+  if (Team<TEAM>::rank() == 0) new (state) State<T>(a, shared, slot);
+  Team<TEAM>::sync();
+  return *state;
 }
 
 __device__ __forceinline__ bool is_ignored(const Search& search, int64_t n) {
@@ -96,7 +181,11 @@ __device__ __forceinline__ bool is_ignored(const Search& search, int64_t n) {
 
 int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
-Args arguments(const Search& search, int n_processors) {
+// Tiles of a segment; a tile is what a team loads at a time.
+template <int TEAM>
+constexpr int kSlots = (TEAM == 32 ? 1 : 4) * kSegmentBytes / (TEAM * 16 * kUnroll);
+
+Args arguments(const Search& search, const Gpu& gpu) {
   const int64_t n_rows = search.n_rows, n_classes = search.n_classes;
   Args a{};
   a.search = search;
@@ -109,46 +198,51 @@ Args arguments(const Search& search, int n_processors) {
   const bool is_double = search.type == ScoreType::kFloat64;
   const int item = search.type == ScoreType::kFloat32 ? 4 : is_double ? 8 : 2, wide = is_double ? 8 : 4;
   Layout& l = a.layout;
-  l.team = n_classes <= 2048 ? 32 : kBlock;
+  // Short rows take a warp each where there are enough of them to fill the GPU.
+  l.team = n_classes <= 2048 && n_rows >= 16 * (int64_t)gpu.processors ? 32 : kBlock;
   l.teams = kBlock / l.team;
   l.parts = 1;
-  if (a.planned && l.team == kBlock)
-    while (l.parts < kMaxParts && n_rows * l.parts < 8 * (int64_t)n_processors && n_classes >= 65536 * l.parts)
+  if (a.planned && n_rows < kResident * (int64_t)gpu.processors)
+    while (l.parts < kMaxParts && n_rows * l.parts < 16 * (int64_t)gpu.processors && n_classes >= 16384 * l.parts)
       l.parts *= 2;
-  l.segments = l.parts * (l.team / 32);
-  const int64_t per_warp = 4 * a.plan.contenders / l.segments;
-  l.capacity = a.planned ? (int)(per_warp > 64 ? per_warp : 64) : 1;
-  l.samples = search.n_sample >= kSamples ? kSamples : (int)(search.n_sample + 3) / 4 * 4;
-  l.held = l.team + (l.team < 64 ? 32 : 64);
+  const auto capacity_for = [](int64_t contenders) { return (int)((contenders + 63) / 32 * 32); };
+  const int64_t expected = a.planned ? a.plan.contenders : n_classes;
+  l.capacity = capacity_for(expected < kMostAtOnce ? expected * 5 / 4 : kMostAtOnce);
+  l.part_capacity = capacity_for(expected * 3 / 2 / l.parts);
+  if (l.parts > 1) l.capacity = l.parts * l.part_capacity;
+
+  const int64_t budget_of_block = gpu.shared_memory / kResident - 1024;  // CUDA keeps 1 KB of each block's
+  const int64_t budget = (budget_of_block < kBlockBudget ? budget_of_block : kBlockBudget) / l.teams;
   int at = 0;
   const auto place = [&at](int64_t bytes) {
     const int start = at;
     at += (int)aligned(bytes);
     return start;
   };
-  l.reduce_at = place(kBlock / 32 * 8);
-  l.prefix_at = place((l.segments + 1) * 4);
-  l.counts_at = place(kSamples * 4);
-  const int64_t survivors = (int64_t)l.samples * l.held * sizeof(Survivor),
-                keys = a.planned ? (int64_t)kGroups * wide : 0;
-  l.work_at = place(survivors > keys ? survivors : keys);
-  const int64_t budget = kSharedBudget / l.teams;
-  const int64_t best = (int64_t)l.samples * search.k * (wide + 4), lists = (int64_t)l.segments * l.capacity * 2 * wide;
+  place(is_double ? sizeof(State<double>) : sizeof(State<float>));
+  const int slots = l.team == 32 ? kSlots<32> : kSlots<kBlock>;
+  l.bits_at = place((int64_t)slots * l.team * kUnroll * 16 / item / 8);
+  const int64_t entries = search.k * (wide + 4);  // of a sample's list
+  l.held = l.team == 32 ? 32 : 64;
+  const auto survivors = [&l] { return (int64_t)l.samples * l.held * (int64_t)sizeof(Survivor); };
+  l.samples = search.n_sample > 8 ? 16 : search.n_sample > 4 ? 8 : 4;
+  while (l.samples > 4 && at + survivors() + (search.k > 32 ? 0 : l.samples * entries) > budget) l.samples /= 2;
+  const int64_t keys = (int64_t)a.looked_at * wide;
+  l.keys_at = place(survivors() > keys ? survivors() : keys);
+  const int64_t best = l.samples * entries, list = (int64_t)l.capacity * 2 * wide;
   l.best_in_shared = at + aligned(best) <= budget;
   l.best_at = l.best_in_shared ? place(best) : 0;
-  l.lists_in_shared = l.parts == 1 && at + aligned(lists) <= budget;
-  l.lists_at = l.lists_in_shared ? place(lists) : 0;
-  const int64_t row = n_classes * item + 16;
-  l.row_in_shared = l.parts == 1 && row <= 16384 / l.teams && at + aligned(row) <= budget;
-  l.row_at = l.row_in_shared ? place(row) : 0;
+  l.list_in_shared = at + aligned(list) <= budget;
+  l.list_at = l.list_in_shared ? place(list) : 0;
   l.shared = at;
-  const int64_t most = kResident * (int64_t)n_processors * l.teams;  // teams at work at a time; each takes many rows
-  const int64_t slots = n_rows < 1 ? 1 : l.parts > 1 || n_rows < most ? n_rows : most;
-  l.blocks = (slots + l.teams - 1) / l.teams;
-  l.workspace_lists = l.best_in_shared ? 0 : aligned(best);
-  l.workspace_slot = l.workspace_lists + (l.lists_in_shared ? 0 : aligned(lists));
-  l.workspace_headers = l.parts > 1 ? aligned(16 + l.segments * 4) : 0;
-  l.workspace = n_rows * l.workspace_headers + l.blocks * l.teams * l.workspace_slot;
+  const int64_t most = kResident * (int64_t)gpu.processors * l.teams;  // teams at work at a time; each takes many rows
+  const int64_t teams = n_rows < 1 ? 1 : n_rows < most ? n_rows : most;
+  l.blocks = (teams + l.teams - 1) / l.teams;
+  l.workspace_list = l.best_in_shared ? 0 : aligned(best);
+  l.workspace_slot = l.workspace_list + (l.list_in_shared ? 0 : aligned(list));
+  l.workspace_header = aligned(16 + l.parts * 4);
+  l.workspace_row = l.parts > 1 ? l.workspace_header + aligned((int64_t)l.parts * l.part_capacity * 2 * wide) : 0;
+  l.workspace = n_rows * l.workspace_row + l.blocks * l.teams * l.workspace_slot;
   return a;
 }
 

@@ -1,6 +1,7 @@
 // Teams of threads that work on a row, their reductions, and what the emulation in tests/kernels/simt.h replaces.
 #pragma once
 
+#include "../order.h"
 #include "../scalar.h"
 #include "launch.h"
 
@@ -23,51 +24,33 @@ constexpr int kBlock = 128;  // threads of a block: one team, or four of a warp
 template <class T>
 using ArithmeticOf = typename Arithmetic<T>::type;
 
-template <int TEAM>
-struct Team {
-  static __device__ __forceinline__ int rank() { return (int)(threadIdx.x % TEAM); }
-  static __device__ __forceinline__ int lane() { return (int)(threadIdx.x % 32); }
-  static __device__ __forceinline__ int warp() { return (int)(threadIdx.x % TEAM / 32); }
-  static __device__ __forceinline__ void sync() {
-    if (TEAM == 32)
-      __syncwarp();
-    else
-      __syncthreads();
-  }
-  // Combines one value of each thread; all threads get the result. `scratch` holds a value for each warp.
-  template <class V, class F>
-  static __device__ __forceinline__ V reduce(V v, int64_t* scratch, F combine) {
-    for (int by = 16; by > 0; by /= 2) v = combine(v, __shfl_xor_sync(kFull, v, by));
-    if (TEAM == 32) return v;
-    sync();
-    if (lane() == 0) scratch[warp()] = (int64_t)v;
-    sync();
-    v = (V)scratch[0];
-    for (int w = 1; w < TEAM / 32; ++w) v = combine(v, (V)scratch[w]);
-    return v;
-  }
-};
+__device__ __forceinline__ int lane_of() { return (int)(threadIdx.x % 32); }
 
-template <class V>
-struct Sum {
-  __device__ __forceinline__ V operator()(V a, V b) const { return a + b; }
-};
-template <class V>
-struct Most {
-  __device__ __forceinline__ V operator()(V a, V b) const { return a > b ? a : b; }
-};
-template <class V>
-struct Least {
-  __device__ __forceinline__ V operator()(V a, V b) const { return a < b ? a : b; }
-};
+// The lanes before this one, as a mask.
+__device__ __forceinline__ unsigned lanes_before() { return (1u << lane_of()) - 1; }
 
-// The most of a warp's numbers.
+__device__ __forceinline__ int first_lane(unsigned mask) { return __ffs(mask) - 1; }
+
+// Reductions over a warp; all lanes get the result.
+
+__device__ __forceinline__ int sum_of_lanes(int v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kFull, v);
+#else
+  for (int by = 16; by > 0; by /= 2) v += __shfl_xor_sync(kFull, v, by);
+  return v;
+#endif
+}
+
 template <class V>
 __device__ __forceinline__ V most_of_lanes(V v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (sizeof(V) == 4) return __reduce_max_sync(kFull, v);
 #endif
-  for (int by = 16; by > 0; by /= 2) v = Most<V>()(v, __shfl_xor_sync(kFull, v, by));
+  for (int by = 16; by > 0; by /= 2) {
+    const V other = __shfl_xor_sync(kFull, v, by);
+    v = other > v ? other : v;
+  }
   return v;
 }
 
@@ -81,8 +64,35 @@ __device__ __forceinline__ V sum_to_lane(V v) {
   return v;
 }
 
-// The lanes before this one, as a mask.
-__device__ __forceinline__ unsigned lanes_before() { return (1u << threadIdx.x % 32) - 1; }
+template <int TEAM>
+struct Team {
+  static constexpr int kWarps = TEAM / 32;
+  static __device__ __forceinline__ int rank() { return (int)(threadIdx.x % TEAM); }
+  static __device__ __forceinline__ int warp() { return (int)(threadIdx.x % TEAM / 32); }
+  static __device__ __forceinline__ void sync() {
+    if (TEAM == 32)
+      __syncwarp();
+    else
+      __syncthreads();
+  }
+  // Whether it is so for any thread of the team; a barrier, too.
+  static __device__ __forceinline__ bool any(bool so) {
+    return TEAM == 32 ? __any_sync(kFull, so) : __syncthreads_or(so);
+  }
+  // The sum of a value of each thread, the same in all. `scratch` holds a value for each warp.
+  template <class V>
+  static __device__ __forceinline__ V sum(V v, int64_t* scratch) {
+    for (int by = 16; by > 0; by /= 2) v += __shfl_xor_sync(kFull, v, by);
+    if (TEAM == 32) return v;
+    V* of_warps = (V*)scratch;
+    sync();
+    if (lane_of() == 0) of_warps[warp()] = v;
+    sync();
+    v = of_warps[0];
+    for (int w = 1; w < kWarps; ++w) v += of_warps[w];
+    return v;
+  }
+};
 
 }  // namespace
 }  // namespace topk_fast

@@ -96,8 +96,11 @@ inline void enter() {
 inline void release(Block& b) {
   bool all = true;
   for (Fiber& f : b.fibers) all &= f.wait == Wait::kBlock;
-  if (all)
-    for (Fiber& f : b.fibers) f.wait = Wait::kNone;
+  if (all) {
+    uint64_t any = 0;
+    for (Fiber& f : b.fibers) any |= f.posted;
+    for (Fiber& f : b.fibers) f.wait = Wait::kNone, f.seen[0] = any;
+  }
   for (size_t start = 0; start < b.fibers.size(); start += 32) {
     const size_t lanes = std::min<size_t>(32, b.fibers.size() - start);
     Fiber* warp = &b.fibers[start];
@@ -201,6 +204,11 @@ inline Index thread() { return {block()->running->thread}; }
 #define TOPK_FAST_STOP(message) simt::fail(message)
 
 inline void __syncthreads() { simt::yield(simt::Wait::kBlock); }
+inline bool __syncthreads_or(bool predicate) {
+  simt::Fiber* self = simt::block()->running;
+  simt::yield(simt::Wait::kBlock, 0, predicate);
+  return self->seen[0];
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::collective(simt::Wait::kSync, mask, 0); }
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   simt::Fiber& f = simt::collective(simt::Wait::kBallot, mask, predicate);
@@ -208,6 +216,7 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   for (int i = 0; i < 32; ++i) found |= (mask >> i & 1 && f.seen[i]) ? 1u << i : 0u;
   return found;
 }
+inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
 template <class T>
 T __shfl_sync(unsigned mask, T x, int lane) {
   return simt::from_bits<T>(simt::collective(simt::Wait::kShuffle, mask, simt::bits(x)).seen[lane & 31]);

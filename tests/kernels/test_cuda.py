@@ -6,6 +6,7 @@ Where the extension is built and there is a GPU, the same cases run on it too.
 
 import ctypes
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -71,6 +72,13 @@ class Gradient(ctypes.Structure):
     ]
 
 
+class Gpu(ctypes.Structure):
+    _fields_ = [("processors", INT), ("shared_memory", INT)]
+
+
+H100_SHARED_MEMORY = 228 << 10
+
+
 def compiled(out, sources=SOURCES, flags=("-O2",)):
     """The kernels, whose sources lie in a folder, as a library for this CPU."""
     command = [
@@ -85,6 +93,7 @@ def compiled(out, sources=SOURCES, flags=("-O2",)):
         "-Wextra",
         "-Werror",
         "-Wno-unused-parameter",
+        "-Wno-unknown-pragmas",
         *flags,
         "-include",
         str(ROOT / "tests" / "kernels" / "simt.h"),
@@ -104,11 +113,13 @@ def pointer(x):
 class Model:
     """Calls a library's launchers on CPU tensors, with reference.py's functions and arguments.
 
-    ``order`` seeds the order of threads; a layout is chosen as for a GPU with so many ``processors``.
+    ``order`` seeds the order of threads; a layout is chosen as for a GPU with so many ``processors``, and so many bytes
+    of shared memory in each.
     """
 
-    def __init__(self, path, order=0, processors=1):
-        self.library, self.order, self.processors = ctypes.CDLL(str(path)), order, processors
+    def __init__(self, path, order=0):
+        self.library, self.order = ctypes.CDLL(str(path)), order
+        self.processors, self.shared_memory = 1, H100_SHARED_MEMORY
         self.library.topk_cuda_workspace.restype = LONG
         self.library.simt_error.restype = ctypes.c_char_p
         self.library.simt_start.argtypes = [ctypes.c_uint64]
@@ -143,9 +154,10 @@ class Model:
             values.data_ptr(),
             classes.data_ptr(),
         )
-        size = self.library.topk_cuda_workspace(ctypes.byref(request), self.processors)
+        gpu = Gpu(self.processors, self.shared_memory)
+        size = self.library.topk_cuda_workspace(ctypes.byref(request), ctypes.byref(gpu))
         workspace = torch.full((size // 8,), -(2**60), dtype=torch.int64)  # nobody may count on zeros
-        arguments = ctypes.byref(request), self.processors, POINTER(workspace.data_ptr())
+        arguments = ctypes.byref(request), ctypes.byref(gpu), POINTER(workspace.data_ptr())
         self._run(self.library.topk_cuda_search, *arguments)
         return values, classes
 
@@ -178,7 +190,7 @@ class Model:
 class Device:
     """The same calls on a GPU."""
 
-    processors = 0  # its own number
+    processors = shared_memory = 0  # its own
 
     @staticmethod
     def there(x):
@@ -240,8 +252,9 @@ def noise_of(*ranks, epsilon=1.0, schedule=None, n_sample=5, law=noise.NORMAL, d
 SHAPES = {
     "one class": (3, 1, 1, 2),
     "fewer classes than k": (2, 5, 9, 5),
-    "a warp a row": (5, 700, 6, 5),
-    "a warp a row, many samples": (2, 300, 3, 33),
+    "four warps a short row": (5, 700, 6, 5),
+    "a warp a row": (17, 700, 6, 5),
+    "a warp a row, many samples": (16, 300, 3, 33),
     "four warps a row": (2, 3000, 6, 10),
     "rows read twice": (2, 20_011, 6, 5),
     "k beyond a warp": (1, 1500, 100, 3),
@@ -293,6 +306,31 @@ def test_more_contenders_than_a_list_holds(one_order):
         assert_same(one_order.candidates(x, wanted), reference.candidates(x, wanted))
 
 
+@pytest.mark.parametrize("kind", ["by frequency", "shuffled", "in blocks"])
+@pytest.mark.parametrize("processors", [1, 100])
+def test_contenders_that_stand_together(one_order, processors, kind):
+    """Zipf-like scores: where classes are sorted by frequency, the contenders are the first few thousand classes."""
+    one_order.processors = processors
+    n_classes = 70_000
+    x = -torch.arange(1.0, n_classes + 1).log()[None] + scores_of("normal", torch.float32, 1, n_classes, 5) / 50
+    if kind == "shuffled":
+        x = x[:, torch.randperm(n_classes, generator=torch.Generator().manual_seed(1))]
+    elif kind == "in blocks":
+        x = x.view(7, 10_000).t().reshape(1, -1)
+    for law in LAWS:
+        wanted = noise_of(6, epsilon=0.5, n_sample=3, law=law)
+        assert_same(one_order.candidates(x, wanted), reference.candidates(x, wanted))
+
+
+@pytest.mark.parametrize("shared_memory", [64 << 10, 100 << 10], ids=["64 KB", "100 KB"])
+@pytest.mark.parametrize("n_rows, n_classes, k, n_sample", [(16, 900, 6, 33), (2, 9000, 40, 16), (1, 3000, 6, 5)])
+def test_multiprocessors_with_less_memory(one_order, n_rows, n_classes, k, n_sample, shared_memory):
+    """Fewer samples are searched side by side, and lists lie in the workspace."""
+    one_order.shared_memory = shared_memory
+    x, wanted = scores_of("normal", torch.float32, n_rows, n_classes, 6), noise_of(k, n_sample=n_sample)
+    assert_same(one_order.candidates(x, wanted), reference.candidates(x, wanted))
+
+
 @pytest.mark.parametrize(
     "n_rows, n_classes, dtype, k, n_sample",
     [
@@ -306,7 +344,8 @@ def test_more_contenders_than_a_list_holds(one_order):
 def test_the_workspace_is_small_beside_the_scores(one_order, n_rows, n_classes, dtype, k, n_sample):
     """On a GPU of 132 multiprocessors: only blocks that run at a time have lists, however many rows there are."""
     request = Search(type=DTYPES.index(dtype), n_rows=n_rows, n_classes=n_classes, k=k, n_sample=n_sample)
-    size = one_order.library.topk_cuda_workspace(ctypes.byref(request), 132)
+    gpu = Gpu(132, H100_SHARED_MEMORY)
+    size = one_order.library.topk_cuda_workspace(ctypes.byref(request), ctypes.byref(gpu))
     assert size <= n_rows * n_classes * dtype.itemsize / 50
 
 
@@ -484,33 +523,42 @@ def test_tensors_elsewhere_are_refused_on_a_device(name):
 
 BUGS = {  # in the source, and how they show: as an error of the model or as wrong bits
     "no barrier after the collection": (
-        "prefix[1 + Threads::warp()] = count;\n    Threads::sync();",
-        "prefix[1 + Threads::warp()] = count;",
+        "at.taken += wanted;\n    Threads::sync();",
+        "at.taken += wanted;",
+        None,
+    ),
+    "no barrier before the hits of the warps are added": (
+        "scratch[Threads::warp()] = up_to;\n    Threads::sync();",
+        "scratch[Threads::warp()] = up_to;",
         None,
     ),
     "no barrier before the targets' places are read": (
-        "if (Threads::lane() == 0) places[b] = place;\n    }\n    Threads::sync();",
-        "if (Threads::lane() == 0) places[b] = place;\n    }",
-        None,
-    ),
-    "no barrier before a reduction is read": (
-        "scratch[warp()] = (int64_t)v;\n    sync();",
-        "scratch[warp()] = (int64_t)v;",
+        "if (lane_of() == 0) places[b] = place;\n    }\n    Threads::sync();",
+        "if (lane_of() == 0) places[b] = place;\n    }",
         None,
     ),
     "a barrier that some threads miss": (
-        "    Threads::sync();\n    reach = infinity<S>();",
-        "    if (rank) Threads::sync();\n    reach = infinity<S>();",
+        "      Threads::sync();\n      const S reach",
+        "      if (rank) Threads::sync();\n      const S reach",
         "divergent",
     ),
     "a mask without the caller": (
-        "__ballot_sync(kFull, i < k && classes[i] == c)",
-        "__ballot_sync(1u, i < k && classes[i] == c)",
+        "__ballot_sync(kFull, i < k && classes_of(sample)[i] == c)",
+        "__ballot_sync(1u, i < k && classes_of(sample)[i] == c)",
         "leaves it out|wrong mask",
     ),
-    "an entry too far": ("if (to < capacity)", "if (to <= capacity)", None),
-    "places after those of the lane": ("int to = end_of_own - __popc(hits);", "int to = end_of_own;", None),
-    "the last score of a vector left out": ("i < (int)(16 / sizeof(T))", "i + 1 < (int)(16 / sizeof(T))", None),
+    "an entry too far": ("place >= 0 && place < wanted", "place >= 0 && place <= wanted", None),
+    "places after those of the thread": ("int before = up_to - count;", "int before = up_to;", None),
+    "the last score of a vector left out": (
+        "for (int i = 0; i < W; ++i) {\n    const int bit",
+        "for (int i = 0; i + 1 < W; ++i) {\n    const int bit",
+        None,
+    ),
+    "the contender that was in front is lost": (
+        "list[lane] = list[other], list[other] = low;",
+        "list[lane] = list[other];",
+        None,
+    ),
 }
 
 
@@ -524,27 +572,53 @@ def with_bug(folder, right, wrong):
     return sources
 
 
+def outcomes(path):
+    """Whether a library has the reference's bits, in several orders of threads, or an error's text."""
+    labels = Labels(torch.tensor([3, 2499, 7]), -100, True)
+    for order in range(6):
+        for kind in ("normal", "rising"):
+            x = scores_of(kind, torch.float32, 3, 2500, 8)
+            x[0, 3] = 9.0  # a target that every list holds
+            x[2] = torch.arange(2500.0)  # its first contenders are the least: more words survive than there is room for
+            x[2, :5] = 1e6
+            try:
+                given = Model(path, order).excess(x, noise_of(6, 2), labels)
+                wanted = reference.excess(x, noise_of(6, 2), labels)
+                yield all(torch.equal(a, b) for a, b in zip(given, wanted))
+            except RuntimeError as message:
+                yield str(message)
+
+
+def in_a_child(function):
+    """What a function returns in a process of its own, or how that process ended: a bug may write anywhere."""
+    processes = multiprocessing.get_context("fork")
+    receiver, sender = processes.Pipe(duplex=False)
+    child = processes.Process(target=lambda: sender.send(function()))
+    child.start()
+    child.join(100)
+    if not receiver.poll():
+        child.kill()
+        return [f"ended with {child.exitcode}"]
+    return receiver.recv()
+
+
 @pytest.mark.host
 @NEEDS_GXX
 @pytest.mark.parametrize("bug", [b for b in BUGS if b != "an entry too far"])
 def test_planted_bugs_are_found(tmp_path, bug):
     right, wrong, error = BUGS[bug]
     path = compiled(tmp_path / "bug.so", with_bug(tmp_path, right, wrong), ("-O1", "-Wno-unused"))
-    labels, found = Labels(torch.tensor([3, 2499, 7]), -100, True), []
-    for order in range(6):
-        for kind in ("normal", "rising"):
-            x = scores_of(kind, torch.float32, 3, 2500, 8)
-            x[0, 3] = 9.0  # a target that every list holds
-            try:
-                given = Model(path, order).excess(x, noise_of(6, 2), labels)
-                wanted = reference.excess(x, noise_of(6, 2), labels)
-                found.append(all(torch.equal(a, b) for a, b in zip(given, wanted)))
-            except RuntimeError as message:
-                found.append(str(message))
+    found = in_a_child(lambda: list(outcomes(path)))
     if error:
         assert any(isinstance(f, str) and re.search(error, f) for f in found), found
     else:
         assert not all(f is True for f in found)
+
+
+@pytest.mark.host
+@NEEDS_GXX
+def test_without_a_bug_all_is_well(library):
+    assert all(f is True for f in outcomes(library))
 
 
 def sanitized(tmp_path, sources, select):
@@ -594,16 +668,16 @@ def test_sanitizers_see_an_entry_too_far(tmp_path):
 @pytest.mark.skipif("triton" not in available_backends("cuda"), reason="NVIDIA's disassembler comes with Triton")
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_compiled_for_gpus_within_the_budget():
-    """No spills, 128 registers, 16-byte loads and stores, and in PTX no fused or approximate step."""
+    """No spills, 64 registers, 16-byte loads and stores, and in PTX no fused or approximate step."""
     command = [sys.executable, "-m", "benchmarks.cuda_static", "--quick"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert len(facts) == 3 * 4 * (2 * 2 + 2)  # architectures, dtypes, kernels: searches by law and team, and the others
+    assert len(facts) == 3 * 4 * (2 * 2 + 3)  # architectures, dtypes, kernels: searches by law and team, and the others
     for row in facts:
-        assert row["registers"] <= 128 and row["spill_bytes"] == 0 and row["stack_bytes"] == 0, row
+        assert row["registers"] <= 64 and row["spill_bytes"] == 0 and row["stack_bytes"] == 0, row
         assert row["forbidden"] == [], row
-        wide = {"search_kernel": 5, "collect_kernel": 4, "gradient_kernel": 0}[row["kernel"].split()[0]]
-        assert row["loads_of_16_bytes"] >= wide, row
+        wide = {"search_kernel": 6, "cut_kernel": 1, "collect_kernel": 4, "gradient_kernel": 0}
+        assert row["loads_of_16_bytes"] >= wide[row["kernel"].split()[0]], row
         assert row["stores_of_16_bytes"] >= (row["kernel"].startswith("gradient")), row
