@@ -1,6 +1,6 @@
 # The set-up of everything: each target makes .venv, installs the pinned requirements and builds the C++ kernels in
 # place. Where python3 has torch >= 2.11 already (a GPU machine without network) it is used as it is.
-.PHONY: help build test demo study bench bench-full tables lint format gpu wheel clean
+.PHONY: help build test demo study bench bench-full tables lint format gpu cuda-host wheel clean
 
 HAS_TORCH := $(shell python3 -c "from importlib.metadata import version as v; \
 	print(tuple(map(int, v('torch').split('+')[0].split('.')[:2])) >= (2, 11))" 2>/dev/null)
@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)
 SHELL := /bin/bash
 
 help:
-	@echo "make test | demo | study | bench | bench-full | tables | gpu | lint | format | build | wheel | clean"
+	@echo "make test | demo | study | bench | bench-full | tables | gpu | cuda-host | lint | format | build | wheel | clean"
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -64,7 +64,8 @@ data/species_logits.pt: | build
 	$(PYTHON) examples/all_species.py --losses cross-entropy --save-logits $@
 
 CPP_SOURCES = csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.h tests/kernels/*.cpp \
-  benchmarks/model/*.h benchmarks/model/*.cpp benchmarks/tests/*.cu
+  tests/kernels/*/*.h tests/kernels/*/*.cpp benchmarks/model/*.h benchmarks/model/*.cpp \
+  benchmarks/tests/*.cu
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
@@ -83,6 +84,23 @@ gpu: export TOPK_FAST_BUILD := require
 gpu: build
 	$(PYTHON) -c "import topk_fast as t; assert 'cuda' in t.available_backends('cuda'), t.build_info()['backends']['cuda']"
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+# The host code of the CUDA backend with a CUDA build of torch, under a stand-in for the CUDA runtime: needs nvcc and 6 GB of
+# disk, no GPU. Each TORCH has an environment of its own, and the checkout's own build stays as it is.
+TORCH ?= 2.11.0
+CUDA_HOST := .venv/cuda-host-$(TORCH)
+cuda-host: export TOPK_FAST_BUILD := require
+cuda-host: export TORCH_CUDA_ARCH_LIST := 9.0
+cuda-host: $(CUDA_HOST)/installed
+	$(CUDA_HOST)/bin/python setup.py --quiet build --build-base $(CUDA_HOST)/build --build-lib $(CUDA_HOST)/package
+	$(CUDA_HOST)/bin/python -m pytest -o "pythonpath=$(CUDA_HOST)/package . tests" -s -rs -vv $(CUDA_HOST_TESTS) $(ARGS)
+
+CUDA_HOST_TESTS := tests/kernels/test_cuda_host.py
+$(CUDA_HOST)/installed:
+	python3 -m venv $(CUDA_HOST)
+	$(CUDA_HOST)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" "numpy<2.4" \
+	  "setuptools>=77" ninja pybind11 pytest pytest-benchmark
+	touch $@
 
 # A source distribution, and from it a wheel for every Python from 3.10 on and every torch from 2.11 on; in dist/.
 wheel: export TOPK_FAST_BUILD := require
