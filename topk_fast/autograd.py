@@ -113,7 +113,7 @@ class _Loss(Function):
         with torch._C._AutoDispatchBelowAutograd():
             excess, classes = _excess(search)
             linked = criterion.linked(excess, search.labels)
-            losses, divisor = criterion.losses(linked, search.labels), criterion.divisor(search.labels)
+            losses, divisor = criterion.losses(linked, search.labels)
         _keep(ctx, search, classes, linked, divisor)
         ctx.criterion = criterion
         return criterion.reduce(losses, divisor)
