@@ -331,6 +331,8 @@ def test_multiprocessors_with_less_memory(one_order, n_rows, n_classes, k, n_sam
     assert_same(one_order.candidates(x, wanted), reference.candidates(x, wanted))
 
 
+@pytest.mark.host
+@NEEDS_GXX
 @pytest.mark.parametrize(
     "n_rows, n_classes, dtype, k, n_sample",
     [
@@ -341,11 +343,11 @@ def test_multiprocessors_with_less_memory(one_order, n_rows, n_classes, k, n_sam
         (4096, 100_000, torch.float32, 100, 16),
     ],
 )
-def test_the_workspace_is_small_beside_the_scores(one_order, n_rows, n_classes, dtype, k, n_sample):
+def test_the_workspace_is_small_beside_the_scores(library, n_rows, n_classes, dtype, k, n_sample):
     """On a GPU of 132 multiprocessors: only blocks that run at a time have lists, however many rows there are."""
     request = Search(type=DTYPES.index(dtype), n_rows=n_rows, n_classes=n_classes, k=k, n_sample=n_sample)
     gpu = Gpu(132, H100_SHARED_MEMORY)
-    size = one_order.library.topk_cuda_workspace(ctypes.byref(request), ctypes.byref(gpu))
+    size = Model(library).library.topk_cuda_workspace(ctypes.byref(request), ctypes.byref(gpu))
     assert size <= n_rows * n_classes * dtype.itemsize / 50
 
 
@@ -517,6 +519,32 @@ def test_tensors_elsewhere_are_refused_on_a_device(name):
     wanted = Noise(given["seed"], (6, 2), 1.0, given["schedule"], 4, noise.NORMAL, False)
     with pytest.raises(RuntimeError, match=f"{name} must be on the device of the scores"):
         ops.kernel("excess", "cuda")(torch.randn(2, 150, device="cuda"), *wanted, given["target"], -100, False)
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.repeat_interleave(2, 0)[::2],
+        lambda x: x[:1].expand(x.shape),
+        lambda x: x[:1, :1].expand(x.shape),
+    ],
+    ids=["transposed", "every second row", "expanded rows", "one number expanded"],
+)
+def test_a_strided_gradient_comes_on_a_device(strided):
+    from topk_fast.functional import noised_excess
+
+    x, y = scores_of("normal", torch.bfloat16, 5, 900, 4), torch.tensor([3, -100, 899, 0, 7])
+    grad = strided(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)))
+    found = []
+    for device, backend in (("cuda", "cuda"), ("cpu", "torch")):
+        scores, target = x.to(device).requires_grad_(), y.to(device)
+        excess = noised_excess(scores, target, [0, 5, 1], seed=2, backend=backend)
+        given = grad if device == "cpu" else Device.there(grad)
+        assert given.stride() == grad.stride() and not given.is_contiguous()
+        found.append(torch.autograd.grad(excess, scores, given)[0].cpu())
+    assert_same(*found)
 
 
 # The model finds what it is for

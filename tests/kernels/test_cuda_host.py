@@ -20,7 +20,7 @@ import topk_fast
 from testing import ROOT
 
 FOLDER = ROOT / "tests" / "kernels" / "standin"
-SUITES = [FOLDER / "bits.py"]
+SUITES = [FOLDER / "bits.py", FOLDER / "launches.py", FOLDER / "limits.py"]
 CHECKS = [f"{path.stem}::{name}" for path in SUITES for name in re.findall(r"(?m)^def (test_\w+)", path.read_text())]
 
 
@@ -75,8 +75,8 @@ def compiled(out):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """The cases of each check as JUnit's elements."""
+def run_pytest(tmp_path_factory):
+    """Runs tests in a process with the stand-in, and returns their cases as JUnit's elements."""
     built = Path(topk_fast.__file__).parent
     sources = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")]
     newest = max(sources, key=lambda path: path.stat().st_mtime)
@@ -88,29 +88,62 @@ def outcomes(tmp_path_factory):
     environment = os.environ | {
         "LD_PRELOAD": str(compiled(folder / "libstandin.so")),
         "STANDIN_LOG": str(log),
+        "PYTHONPATH": str(FOLDER),  # for the plugin
     }
     environment.pop("TRITON_INTERPRET", None)  # conftest.py set it, where no GPU was seen
     found = f"pythonpath={built.parent} {ROOT} {ROOT / 'tests'}"  # this package, wherever it was built
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", found, "-o", "junit_logging=all"]
-    done = subprocess.run(
-        [*command, f"--junitxml={report}", *SUITES], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert report.exists(), f"the checks broke off:\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "host_kernels", "-o", found]
+    command += ["-o", "junit_logging=all", f"--junitxml={report}"]
+
+    def run(*arguments):
+        report.unlink(missing_ok=True)
+        done = subprocess.run(
+            [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900
+        )
+        assert report.exists(), f"the tests broke off:\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+        return list(xml.parse(report).iter("testcase"))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def outcomes(run_pytest):
+    """The cases of each check."""
     by_check = {}
-    for case in xml.parse(report).iter("testcase"):
+    for case in run_pytest(*SUITES):
         name = f"{case.get('classname').rpartition('.')[2]}::{case.get('name').partition('[')[0]}"
         by_check.setdefault(name, []).append(case)
     return by_check
 
 
+def failures(cases):
+    """The cases that failed or were skipped; what the others printed is printed."""
+    failed = []
+    for case in cases:
+        said = {part.tag: f"{part.get('message', '')}\n{part.text or ''}" for part in case}
+        if said.keys() & {"failure", "error", "skipped"}:
+            failed.append(f"{case.get('name')}: {said}")
+        elif printed := re.sub(r"-+ [\w ]+ -+\n", "", said.get("system-out", "")).strip():
+            print(printed)
+    return failed
+
+
 @pytest.mark.parametrize("name", CHECKS)
 def test_under_the_stand_in(outcomes, name):
     assert name in outcomes, f"{name} did not run; these did: {sorted(outcomes)}"
-    failed = []
-    for case in outcomes[name]:
-        said = {part.tag: part.text or "" for part in case}
-        if said.keys() & {"failure", "error", "skipped"}:
-            failed.append(f"{case.get('name')}: {said}")
-        elif printed := re.sub(r"-+ \w+ \w+ -+\n|-+ \w+ -+\n", "", said.get("system-out", "")).strip():
-            print(printed)
+    failed = failures(outcomes[name])
     assert not failed, "\n".join(failed)
+
+
+def test_the_tests_for_a_device(run_pytest):
+    """Those of test_cuda.py for a GPU, in one dtype, so that they are not run for the first time where there is one.
+
+    Not opcheck, whose modes do not go together with `host_kernels`.
+    """
+    others = " or ".join(("opcheck", "bfloat16", "float16", "float64"))
+    cases = run_pytest(
+        ROOT / "tests" / "kernels" / "test_cuda.py", "-k", f"(on_a_device or device-) and not ({others})"
+    )
+    print(f"\n{len(cases)} tests for a device")
+    failed = failures(cases)
+    assert len(cases) > 50 and not failed, "\n".join(failed)

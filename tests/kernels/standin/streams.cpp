@@ -145,13 +145,18 @@ EXPORTED cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptur
   return cudaStreamGetCaptureInfo(stream, status, nullptr, nullptr, nullptr, nullptr, nullptr);
 }
 EXPORTED cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
-                                              unsigned long long* id, cudaGraph_t*, const cudaGraphNode_t**,
-                                              const cudaGraphEdgeData**, size_t*) {
-  const Capture* capture = is_capturing(stream) ? stream_of(stream)->capture : nullptr;
+                                              unsigned long long* id, cudaGraph_t* graph, const cudaGraphNode_t** nodes,
+                                              const cudaGraphEdgeData** edges, size_t* count) {
+  Capture* capture = is_capturing(stream) ? stream_of(stream)->capture : nullptr;
   *status = !capture         ? cudaStreamCaptureStatusNone
             : capture->valid ? cudaStreamCaptureStatusActive
                              : cudaStreamCaptureStatusInvalidated;
   if (id && capture) *id = capture->id;
+  if (graph) *graph = capture ? (cudaGraph_t)&capture->nodes : nullptr;
+  // Of nodes only the number is kept here.
+  if (nodes) *nodes = nullptr;
+  if (edges) *edges = nullptr;
+  if (count) *count = 0;
   return cudaSuccess;
 }
 
