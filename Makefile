@@ -85,17 +85,19 @@ gpu: build
 	$(PYTHON) -c "import topk_fast as t; assert 'cuda' in t.available_backends('cuda'), t.build_info()['backends']['cuda']"
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-# The host code of the CUDA backend with a CUDA build of torch, under a stand-in for the CUDA runtime: needs nvcc and 6 GB of
-# disk, no GPU. Each TORCH has an environment of its own, and the checkout's own build stays as it is.
+# The host code of the CUDA backend with a CUDA build of torch, under a stand-in for the CUDA runtime: needs nvcc and 6 GB
+# of disk, no GPU. Each TORCH has an environment of its own, and the checkout's own build stays as it is. Of Triton's
+# tests those run that depend on the build of torch, and not on the version of Triton that it brings.
 TORCH ?= 2.11.0
 CUDA_HOST := .venv/cuda-host-$(TORCH)
+CUDA_HOST_TESTS := tests/kernels/test_cuda_host.py $(addprefix tests/kernels/test_triton.py::test_,\
+  new_numbers_compile_nothing cpu_tensors_without_the_interpreter import_leaves_triton_alone)
 cuda-host: export TOPK_FAST_BUILD := require
 cuda-host: export TORCH_CUDA_ARCH_LIST := 9.0
 cuda-host: $(CUDA_HOST)/installed
 	$(CUDA_HOST)/bin/python setup.py --quiet build --build-base $(CUDA_HOST)/build --build-lib $(CUDA_HOST)/package
 	$(CUDA_HOST)/bin/python -m pytest -o "pythonpath=$(CUDA_HOST)/package . tests" -s -rs -vv $(CUDA_HOST_TESTS) $(ARGS)
 
-CUDA_HOST_TESTS := tests/kernels/test_cuda_host.py
 $(CUDA_HOST)/installed:
 	python3 -m venv $(CUDA_HOST)
 	$(CUDA_HOST)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" "numpy<2.4" \
