@@ -62,6 +62,7 @@ def compiled(out):
         "-Wextra",
         "-Werror",
         "-Wno-unused-parameter",
+        "-Wno-unknown-pragmas",  # nvcc knows them
         f"-I{toolkit() / 'include'}",
         *sorted(FOLDER.glob("*.cpp")),
         "-Wl,-soname,libcuda.so.1",  # so that whoever loads the driver finds this library
