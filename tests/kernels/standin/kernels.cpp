@@ -59,6 +59,7 @@ void add_searches(Table& table) {
 
 template <class T>
 void add_kernels(Table& table) {
+  Named<cut_kernel<T>>::add(table);
   Named<collect_kernel<T>>::add(table);
   Named<gradient_kernel<T>>::add(table);
   add_searches<T, NormalLaw>(table);
