@@ -1,9 +1,9 @@
-"""Inspects the compiled Triton kernels without a GPU, and computes times below which no step can be.
+"""Inspects the compiled Triton kernels without a GPU: registers, spills, instructions.
 
 The launchers run as they do on a device, with a driver that compiles for a named architecture and launches nothing.
 No PTX may have fused multiply-adds or approximate instructions, which would break the noise contract.
 
-    python -m benchmarks.triton_static              # writes results/triton_static.json, with floors of a step
+    python -m benchmarks.triton_static              # writes results/triton_static.json
     python -m benchmarks.triton_static --quick      # fewer kernels, as JSON, which the tests read
 """
 
@@ -22,15 +22,14 @@ if os.environ.pop("TRITON_INTERPRET", None):
 
 import torch
 import triton
-import triton.language as tl
-from topk_fast.triton_kernels import contenders, gradient, launch, noise, search
+from topk_fast.triton_kernels import collect, gradient, launch, layout, search
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import RESULTS
 from examples.machine import stamp
 from topk_fast import functional, reference
 
-KERNELS = (contenders.collect_kernel, search.search_kernel, gradient.gradient_kernel)
+KERNELS = (collect.collect_kernel, search.search_kernel, gradient.gradient_kernel)
 LAWS = ("normal", "gumbel")
 RESULT = RESULTS / "triton_static.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -106,7 +105,8 @@ def compiled(target: GPUTarget, label, run, kernels=KERNELS) -> list:
     """The kernels among ``kernels`` that ``run()`` launches, compiled for ``target``; ``label`` names the run."""
     device = (target.backend, target.arch, label)
     triton.runtime.driver.set_active(Compiler(target, device))
-    launch.HIP, launch.processors = target.backend == "hip", lambda device: 132  # those of an H100
+    layout.HIP, layout.processors = target.backend == "hip", lambda device: 132  # those of an H100
+    layout.layout_of.cache_clear()
     run()
     return [kernel for function in kernels for kernel in function.device_caches[device][0].values()]
 
@@ -166,53 +166,6 @@ def facts(kernel) -> dict:
     }
 
 
-@triton.jit
-def stage_kernel(x, out, n_classes, cut, seed, STAGE: tl.constexpr, EACH: tl.constexpr):
-    """One stage of the search for EACH elements of every lane of two warps."""
-    N: tl.constexpr = 64 * EACH
-    at = tl.arange(0, N)
-    if STAGE == "stream":  # of bfloat16 scores, without the groups that hold a class above the cut
-        width: tl.constexpr = 8
-        place = (
-            x.to(tl.pointer_type(tl.int16)) + tl.arange(0, N // width)[:, None] * width + tl.arange(0, width)[None, :]
-        )
-        top = contenders.group_max(contenders.widened(tl.load(place)), N // width, width)
-        hit = ((top <= cut) == 0).to(tl.int32)
-        tl.store(out + tl.cumsum(hit, 0) - 1, tl.arange(0, N // width), mask=hit == 1)
-    else:
-        bits = tl.load(x + at)
-        if STAGE == "words":  # four draws an element
-            other = tl.full((1,), 1, tl.uint32)
-            w0, w1, w2, w3 = noise.philox(bits.to(tl.uint32), other, other, other, tl.load(seed))
-            bits = (w0 ^ w1 ^ w2 ^ w3).to(tl.int32)
-        if STAGE == "normal":
-            bits = noise.normal(bits.to(tl.uint32)).to(tl.int32, bitcast=True)
-        if STAGE == "level":
-            bits = noise.hazard_quantile(noise.arrival_time(bits, n_classes)).to(tl.int32, bitcast=True)
-        if STAGE == "gap":
-            bits = noise.gap(bits.to(tl.uint32))
-        tl.store(out + at, bits)
-
-
-def stage_costs() -> dict:
-    """Instructions of a lane on sm_90 for one element of a stage: the growth from 8 elements to 16, over 8."""
-    x, seed = torch.zeros(4096, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
-    costs = {}
-    for stage in ("stream", "words", "normal", "level", "gap"):
-        sizes = []
-        for each in (8, 16):
-            options = {"STAGE": stage, "EACH": each, "enable_fp_fusion": False, "num_warps": 2}
-            (kernel,) = compiled(
-                TARGETS["sm_90"],
-                (stage, each),
-                lambda o=options: stage_kernel[1,](x, x, 1000, 1.0, seed, **o),
-                [stage_kernel],
-            )
-            sizes.append(len(instructions(kernel)))
-        costs[stage] = (sizes[1] - sizes[0]) / 8
-    return costs
-
-
 def work(length: int, k: int, n_sample: int, epsilon: float, rows: int = 8) -> dict:
     """Means over N(0, 1) rows: contenders, words that pass the bound, arrivals; the last two of one sample."""
     generator = torch.Generator().manual_seed(0)
@@ -234,23 +187,6 @@ def work(length: int, k: int, n_sample: int, epsilon: float, rows: int = 8) -> d
                 held.zero_()
     contenders = (scores > cut[:, None]).sum(1).float().mean().item()
     return {"contenders": contenders, "passed": passed / rows / n_sample, "arrivals": arrivals}
-
-
-def prediction(costs: dict, n, length, k, n_sample, epsilon, itemsize) -> dict:
-    """Floors of a step on an H100: bytes at 3.0e12 a second, counted instructions at one a cycle and scheduler.
-
-    Counted are stream, words, normals and arrivals with their lanes of absent samples; not counted are bounds, lists,
-    selection, the cut and everything that waits. Bytes: scores once, 32 for each arrival, the gradient once.
-    """
-    counts = work(length, k, n_sample, epsilon)
-    lanes = -(-n_sample // (16 if n_sample > 8 else 8)) * (16 if n_sample > 8 else 8)
-    per_row = (
-        length * costs["stream"]
-        + counts["contenders"] * lanes * costs["words"] / 4
-        + counts["passed"] * lanes * costs["normal"]
-        + counts["arrivals"] * lanes * (costs["words"] / 2 + costs["gap"] + costs["level"])
-    ) / 32
-    return floors(counts, per_row, n, length, k, n_sample, epsilon, itemsize)
 
 
 def floors(counts: dict, per_row: float, n, length, k, n_sample, epsilon, itemsize) -> dict:
@@ -284,14 +220,11 @@ def main():
     if arguments.quick:
         print(json.dumps(report, indent=1))
         return
-    costs = stage_costs()
-    predictions = [prediction(costs, *case) for case in PREDICTED]
     note = "compiled and counted, not run: no GPU took part"
     environment = {"triton": triton.__version__, **stamp(), "note": note}
-    result = {"environment": environment, "instructions_of_a_lane": costs, "floors": predictions, "kernels": report}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    for row in predictions:
-        print({name: round(value, 3) for name, value in row.items()})
+    RESULT.write_text(json.dumps({"environment": environment, "kernels": report}, indent=1) + "\n")
+    for kernel in report:
+        print(kernel)
 
 
 if __name__ == "__main__":

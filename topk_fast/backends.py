@@ -30,9 +30,9 @@ _BINARIES = {  # the module, its language, and what its build needs
     "cuda": ("_C_cuda", "CUDA", "install a CUDA build of torch and nvcc, then run"),
 }
 
-# What the Triton kernels search at most: bags live in registers, and starts of blocks in int32.
+# What the Triton kernels search at most: lists of the k best live in registers, and starts of blocks in int32.
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_LARGEST_K = 1024
+_TRITON_LARGEST_K = 128
 _TRITON_LARGEST_L = 2**31 - 2**17
 
 

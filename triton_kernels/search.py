@@ -1,7 +1,7 @@
 """The k best of s + epsilon * Z for every sample of every row, in Triton, or the excesses that losses are made of.
 
 Formula and sampler: topk_fast/reference.py; draws: noise.py; order: order.py. A program takes a row at a time:
-``cut_of`` finds the cut from some groups of classes, ``collect`` streams the row and packs the contenders, ``draw``
+``cut_of`` finds the cut from some groups of classes, ``collect`` streams the row and lists the contenders, ``draw``
 gives them noise and keeps the k best of each sample, ``walk`` adds the other classes as arrivals, and the kernel ends
 with the entries at the ranks, their mean and the class ids. Where rows are few and long, several programs collect each
 of them first, in a launch of their own.
@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .contenders import collect, cut_of, finite_are_fewer, lists_of, load_scores, row_of
-from .draw import Contenders, Search, draw
+from .best import empty_best, in_order
+from .collect import collect, finite_are_fewer, lists_of
+from .cut import Plan, cut_of
+from .draw import Search, draw
 from .order import NO_KEY, class_of, value_of
+from .row import flat, load_scores, row_of, scores_of
 from .walk import walk
 
 
@@ -32,49 +35,61 @@ class Tensors(NamedTuple):
     classes: Any  # [N, B, k or M]
 
 
-class Plan(NamedTuple):
-    """Where noise.plan puts the cut."""
+class Ranks(NamedTuple):
+    """The ranks that are wanted."""
 
-    stride: Any
-    rank: Any
-    wanted: Any  # about as many contenders
+    number: Any  # M
+    packed: Any  # four int64 with a byte a rank, less 1; not read where k is the only rank
+    exclude_target: Any
 
 
 @triton.jit
-def contenders_of(row, k, plan, lists, SHAPE: tl.constexpr):
-    """The contenders of a row, and whether it is known to hold a NaN; then it has none."""
-    LAYOUT: tl.constexpr = SHAPE.LAYOUT
-    cut = float("-inf")
-    direct = 1
+def contenders_drawn(best, row, cut, lists, listed, search, plan, first_sample, SHAPE: tl.constexpr):
+    """``best`` of some samples, which all classes above the cut have entered.
+
+    ``listed`` is how many lists hold the contenders already, 0 where they are collected first. Returns the cut, which
+    is lowered where too few scores are above it, and ``listed`` for the next samples, and whether a score is NaN.
+    """
+    end = row.n_classes + row.lead
+    part = tl.arange(0, SHAPE.MOST_PARTS)
     nan = 0
-    if SHAPE.PLANNED:
-        if LAYOUT.PARTS > 1:
-            cut = tl.load(lists.header + LAYOUT.PARTS).to(tl.int32).to(tl.float32, bitcast=True)
-        else:
-            cut = cut_of(row, plan.stride, plan.rank, LAYOUT)
-            collect(row, cut, lists, 0, LAYOUT)
+    start = 0
+    skip = 0
+    more = 1
+    while more > 0:
+        n_lists = listed
+        if listed == 0:
+            from_start = (start == 0) & (skip == 0)
+            entries = lists.pilot + SHAPE.TILE
+            step: tl.constexpr = SHAPE.VECTORS * SHAPE.LANES * SHAPE.WIDTH
+            count, start, skip = collect(row, cut, entries, lists.space, start, skip, step, SHAPE)
+            tl.store(lists.header + 1, count.to(tl.int64))
             tl.debug_barrier()
-        count = tl.load(lists.header + tl.arange(0, LAYOUT.PARTS))
-        nan = (tl.min(count, 0) < 0).to(tl.int32)
-        direct = ((tl.max(count, 0) > LAYOUT.CAPACITY) | (cut == float("-inf"))).to(tl.int32)
-        if (nan == 0) & (tl.sum(count, 0) < k):
-            if finite_are_fewer(row, plan.wanted, LAYOUT.BLOCK):
-                cut = float("-inf")
-                direct = 1
-    n_parts = (1 - nan) * (direct + LAYOUT.PARTS * (1 - direct))
-    return Contenders(lists, cut, direct, n_parts), nan
-
-
-@triton.jit
-def in_order(best, k, KEPT: tl.constexpr):
-    """The keys of ``best`` without its padding: repeated maxima give the k best in order."""
-    return tl.where(tl.arange(0, KEPT)[:, None] < k, best, NO_KEY)
+            n_lists = 1
+            listed = (from_start & (start >= end)).to(tl.int32)
+        more = (start < end).to(tl.int32) & (listed == 0)
+        few = False
+        if (listed > 0) & (cut > float("-inf")):
+            found = tl.sum(tl.load(lists.header + 1 + part, mask=part < listed, other=0), 0)
+            if found < search.k:
+                few = finite_are_fewer(row, plan.wanted)
+        if few:  # the walk over the others might find too few: every class contends
+            cut = float("-inf")
+            listed = 0
+            start = 0
+            skip = 0
+            more = 1
+        else:
+            best, bad = draw(best, lists, n_lists, search, first_sample, SHAPE)
+            nan = tl.maximum(nan, bad)
+            more = more * (1 - nan)
+    return best, cut, listed, nan
 
 
 @triton.jit
 def store_in_order(best, values, classes, k, keep):
     """Writes the k best of every sample to its ``values`` and ``classes`` [N], best first."""
-    best = in_order(best, k, best.shape[0])
+    best = in_order(best, k)
     for i in range(0, k):
         top = tl.max(best, 0)
         best = tl.where(best == top[None, :], NO_KEY, best)
@@ -83,23 +98,22 @@ def store_in_order(best, values, classes, k, keep):
 
 
 @triton.jit
-def at_ranks(best, search, excluded, SHAPE: tl.constexpr):
+def at_ranks(best, k, ranks, excluded, SHAPE: tl.constexpr):
     """The keys at the ranks of each sample [RANKS, N]; entries of the class ``excluded`` are passed over."""
     RANKS: tl.constexpr = SHAPE.RANKS
     N: tl.constexpr = SHAPE.N
-    if len(search.ranks) == 0:
+    if RANKS == 0:
         chosen = tl.min(best, 0)[None, :]  # the only rank is k
     else:
         lane = tl.arange(0, RANKS)
-        place = tl.full((RANKS,), -1, tl.int32)
-        for m in tl.static_range(len(search.ranks)):
-            place = tl.where(lane == m, search.ranks[m] - 1, place)
-        if SHAPE.EXCLUDE_TARGET:
-            place -= 1
-        best = in_order(best, search.k, SHAPE.KEPT)
+        place = tl.full((RANKS,), 0, tl.int64)
+        for word in tl.static_range(4):
+            place = tl.where(lane // 8 == word, ranks.packed[word] >> (lane % 8 * 8).to(tl.int64), place)
+        place = (place & 255).to(tl.int32) - ranks.exclude_target
+        best = in_order(best, k)
         chosen = tl.full((RANKS, N), NO_KEY, tl.int64)
         passed = tl.zeros((N,), tl.int32)  # entries that count
-        for _ in range(0, search.k):
+        for _ in range(0, k):
             top = tl.max(best, 0)
             best = tl.where(best == top[None, :], NO_KEY, best)
             counts = class_of(top) != excluded
@@ -118,36 +132,43 @@ def fill(start, count, value):
 
 
 @triton.jit
-def search_row(scores, tensors, search, plan, n, SHAPE: tl.constexpr):
-    """Searches row n for all samples, and writes its values and classes."""
+def search_row(scores, tensors, search, plan, ranks, lists, listed, n, SHAPE: tl.constexpr):
+    """Searches row n for all samples, and writes its values and classes. ``listed`` lists hold its contenders."""
     N: tl.constexpr = SHAPE.N
-    M: tl.constexpr = SHAPE.M
-    RANKS: tl.constexpr = SHAPE.RANKS
-    LAYOUT: tl.constexpr = SHAPE.LAYOUT
-    row = row_of(scores, n, LAYOUT.WIDTH)
-    lists = lists_of(tensors.workspace, tl.program_id(0), LAYOUT)
-    contenders, nan = contenders_of(row, search.k, plan, lists, SHAPE)
+    PLACES: tl.constexpr = max(SHAPE.RANKS, 1)
+    row = row_of(scores, n, SHAPE)
+    cut = float("-inf")
+    if listed > 0:
+        cut = tl.load(lists.header).to(tl.int32).to(tl.float32, bitcast=True)
+        part = tl.arange(0, SHAPE.MOST_PARTS)
+        counts = tl.load(lists.header + 1 + part, mask=part < listed, other=0)
+        listed = tl.where(tl.min(counts, 0) < 0, 0, listed)
+    elif plan.rank > 0:
+        cut = cut_of(row, plan, lists.survivors, SHAPE)
     excluded = tl.full((), -2, tl.int64)  # no class
-    if SHAPE.EXCLUDE_TARGET:
-        excluded = tl.load(tensors.target + n)
+    if tensors.target is not None:
+        if ranks.exclude_target > 0:
+            excluded = tl.load(tensors.target + n)
     n = tl.cast(n, tl.int64)
-    lane = tl.arange(0, RANKS)
+    M = ranks.number
+    lane = tl.arange(0, PLACES)
     sample = tl.arange(0, N)
-    total = tl.zeros((RANKS,), tl.float32)
+    total = tl.zeros((PLACES,), tl.float32)
+    nan = 0
     for first_sample in range(0, search.n_sample, N):
-        best, bad = draw(row, contenders, search, first_sample, SHAPE)
+        best = empty_best(search.k, SHAPE.KEPT, N)
+        best, cut, listed, bad = contenders_drawn(best, row, cut, lists, listed, search, plan, first_sample, SHAPE)
         nan = tl.maximum(nan, bad)
-        if SHAPE.PLANNED:
-            if (contenders.cut > float("-inf")) & (nan == 0):
-                best = walk(best, row, contenders.cut, search, first_sample, SHAPE)
+        if (cut > float("-inf")) & (nan == 0):
+            best = walk(best, row, cut, search, first_sample, SHAPE)
         keep = first_sample + sample < search.n_sample
         at = n * search.n_sample + first_sample + sample
         if SHAPE.CANDIDATES:
             store_in_order(best, tensors.out + at * search.k, tensors.classes + at * search.k, search.k, keep)
         else:
-            chosen = at_ranks(best, search, excluded, SHAPE)
-            to = tensors.classes + at[None, :] * M + lane[:, None]
-            tl.store(to, class_of(chosen), mask=keep[None, :] & (lane < M)[:, None])
+            chosen = at_ranks(best, search.k, ranks, excluded, SHAPE)
+            to = flat(at[None, :] * M + lane[:, None])
+            tl.store(tensors.classes + to, flat(class_of(chosen)), mask=flat(keep[None, :] & (lane < M)[:, None]))
             bits = value_of(chosen).to(tl.int32, bitcast=True)
             for b in range(0, tl.minimum(search.n_sample - first_sample, N)):  # in sample order, for the sum's bits
                 value = tl.sum(tl.where(sample[None, :] == b, bits, 0), 1).to(tl.float32, bitcast=True)
@@ -170,40 +191,68 @@ def search_row(scores, tensors, search, plan, n, SHAPE: tl.constexpr):
             fill(tensors.classes + n * search.n_sample * M, search.n_sample * M, -2)
 
 
-NUMBERS = ["n_rows", "first_row", "first_class", "n_sample", "k", "ignore_index", "stride", "rank", "wanted"]
+NUMBERS = [
+    *("offset", "row_stride", "class_stride", "n_classes", "group", "stride", "rank", "wanted", "parts", "capacity"),
+    *("slot", "n_rows", "first_row", "first_class", "n_sample", "epsilon", "k", "ignore_index", "n_ranks"),
+    *("ranks0", "ranks1", "ranks2", "ranks3", "exclude_target"),
+]
+POINTERS = ["seed", "schedule", "target", "workspace", "out", "classes"]
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def search_kernel(
     scores,
-    tensors,
-    ranks,
-    n_rows,
-    first_row,
-    first_class,
-    n_sample,
-    epsilon,
-    k,
-    ignore_index,
-    stride,
-    rank,
-    wanted,
+    seed,
+    schedule,
+    target,
+    workspace,
+    out,
+    classes,
+    offset: tl.int64,
+    row_stride: tl.int64,
+    class_stride: tl.int64,
+    n_classes: tl.int32,
+    group: tl.int32,
+    stride: tl.int32,
+    rank: tl.int32,
+    wanted: tl.int32,
+    parts: tl.int32,
+    capacity: tl.int32,
+    slot: tl.int32,
+    n_rows: tl.int32,
+    first_row: tl.int32,
+    first_class: tl.int32,
+    n_sample: tl.int32,
+    epsilon: tl.float32,
+    k: tl.int32,
+    ignore_index: tl.int64,
+    n_ranks: tl.int32,
+    ranks0: tl.int64,
+    ranks1: tl.int64,
+    ranks2: tl.int64,
+    ranks3: tl.int64,
+    exclude_target: tl.int32,
     SHAPE: tl.constexpr,
 ):
     """Searches rows of the scores. Numbers come one by one, because Triton recompiles for new ones in a tuple."""
-    seed = tl.load(tensors.seed)
-    if tensors.schedule is not None:
-        epsilon = tl.load(tensors.schedule)
+    tensors = Tensors(seed, schedule, target, workspace, out, classes)
+    if schedule is not None:
+        epsilon = tl.load(schedule)
     epsilon = tl.cast(epsilon, tl.float32)
+    data = scores_of(scores, offset, row_stride, class_stride, n_classes, SHAPE)
+    plan = Plan(group, stride, rank, wanted)
+    ranks = Ranks(n_ranks, (ranks0, ranks1, ranks2, ranks3), exclude_target)
+    lists = lists_of(workspace, tl.program_id(0), slot, parts, capacity, SHAPE)
+    listed = tl.where(parts > 1, parts, 0)
     for n in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         tl.debug_barrier()  # the row before has read its lists
         ignored = False
-        if tensors.target is not None:
-            ignored = tl.load(tensors.target + n) == ignore_index
+        if target is not None:
+            ignored = tl.load(target + n) == ignore_index
         if ignored:
-            fill(tensors.out + tl.cast(n, tl.int64) * SHAPE.M, SHAPE.M, 0.0)
-            fill(tensors.classes + tl.cast(n, tl.int64) * n_sample * SHAPE.M, n_sample * SHAPE.M, -1)
+            fill(out + tl.cast(n, tl.int64) * n_ranks, n_ranks, 0.0)
+            fill(classes + tl.cast(n, tl.int64) * n_sample * n_ranks, n_sample * n_ranks, -1)
         else:
             number = tl.cast(first_row + n, tl.uint32)
-            search = Search(seed, number, first_class, n_sample, epsilon, k, ranks)
-            search_row(scores, tensors, search, Plan(stride, rank, wanted), n, SHAPE)
+            search = Search(tl.load(seed), number, first_class, n_sample, epsilon, k)
+            search_row(data, tensors, search, plan, ranks, lists, listed, n, SHAPE)

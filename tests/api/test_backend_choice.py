@@ -354,10 +354,10 @@ def test_a_warning_that_is_made_an_error_stays_one(have):
 def test_input_that_triton_does_not_take_warns_once_for_each_reason(have):
     have("triton", capabilities=[(9, 0)])
     calls = [
-        (tensor_on("cuda:0"), 1024, "triton", None),
+        (tensor_on("cuda:0"), 128, "triton", None),
         (tensor_on("cuda:0", torch.float64), 3, "torch", "takes float32, bfloat16 or float16 input"),
         (tensor_on("cuda:0", torch.float64), 4, "torch", None),
-        (tensor_on("cuda:0"), 1025, "torch", "searches for up to 1024 scores (K + 1 for the losses)"),
+        (tensor_on("cuda:0"), 129, "torch", "searches for up to 128 scores (K + 1 for the losses)"),
         (tensor_on("cuda:0"), 2000, "torch", None),
         (tensor_on("cuda:0", shape=(1, 2**31 - 1)), 3, "torch", "takes up to 2147352576 classes"),
     ]
