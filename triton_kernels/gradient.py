@@ -1,8 +1,8 @@
 """The gradient of the scores, [N, L] with at most B * M + 1 entries a row, or a slice of it, in Triton.
 
 Formula: topk_fast/reference.py's ``gradient``. A program fills one block of the flat output with zeros, in whole
-vectors wherever rows begin, and then writes the entries of its rows that fall into it: the barrier between makes that
-safe, and every byte goes to memory once.
+vectors wherever rows begin, and then writes the entries of its rows that fall into it, those of all rows side by side:
+the barrier between makes that safe, and every byte goes to memory once.
 Bytes: N * L written; class ids and labels are read once per block that they may concern.
 Bits: sums over ranks in order of ``grad * (count / B)``, the count exact, one rounding to the output's dtype.
 """
@@ -12,21 +12,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+AT_ONCE = tl.constexpr(128)  # entries that are computed side by side
+SAMPLES = tl.constexpr(8)  # of each of them, that are compared at a time
 
-class Gradient(NamedTuple):
-    """The tensors of a gradient of the scores."""
 
-    grad: Any  # [N, M]
+class Ids(NamedTuple):
+    """The class ids and the gradients that belong to them."""
+
     classes: Any  # [N, B, M]
-    target: Any  # None, or the labels [N]
-    out: Any  # [N, L]
-
-
-class RowIds(NamedTuple):
-    """The class ids of a row and the gradients that belong to them."""
-
-    classes: Any  # [B, M]
-    grad: Any  # [M]
+    grad: Any  # [N, M]
     n_sample: Any
     n_ranks: Any
 
@@ -42,65 +36,94 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def count_of(ids, wanted, m, STEP: tl.constexpr):
-    """How many of a row's samples have the classes ``wanted`` [J] at rank m: int32 [J]."""
-    count = tl.zeros_like(wanted).to(tl.int32)
-    for start in range(0, ids.n_sample, STEP):
-        b = start + tl.arange(0, STEP)
-        other = tl.load(ids.classes + b * ids.n_ranks + m, mask=b < ids.n_sample, other=-1)
-        count += tl.sum((wanted[:, None] == other[None, :]).to(tl.int32), 1)
-    return count
-
-
-@triton.jit
-def entry_of(ids, wanted, y, STEP: tl.constexpr):
-    """The gradient's float32 entries at the classes ``wanted`` [J], where y is the true class."""
+def entry_of(ids, row, wanted, is_target, mask):
+    """The gradient's float32 entries [J] at the classes ``wanted`` of the rows ``row``."""
     value = tl.zeros_like(wanted).to(tl.float32)
     total = tl.zeros_like(value)
     for m in range(0, ids.n_ranks):
-        grad = tl.load(ids.grad + m)
-        count = count_of(ids, wanted, m, STEP).to(tl.float32)
-        term = grad * tl.div_rn(count, tl.cast(ids.n_sample, tl.float32))
+        count = tl.zeros_like(wanted).to(tl.int32)
+        for start in range(0, ids.n_sample, SAMPLES):
+            b = start + tl.arange(0, SAMPLES)[None, :]
+            place = ((row * ids.n_sample)[:, None] + b) * ids.n_ranks + m
+            other = tl.load(ids.classes + place, mask=mask[:, None] & (b < ids.n_sample), other=-1)
+            count += tl.sum((wanted[:, None] == other).to(tl.int32), 1)
+        grad = tl.load(ids.grad + row * ids.n_ranks + m, mask=mask, other=0.0)
+        term = grad * tl.div_rn(count.to(tl.float32), tl.cast(ids.n_sample, tl.float32))
         value = tl.where(m == 0, term, value + term)
         total = tl.where(m == 0, grad, total + grad)
-    return tl.where(wanted == y, value - total, value)
+    return tl.where(is_target, value - total, value)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_sample", "n_ranks", "ignore_index", "first_class"])
+@triton.jit
+def fill_nan(ids, out, first_row, rows, begin, end, n_classes):
+    """Fills the rows among ``rows`` rows that are marked by ids of -2, within [begin, end) of the output."""
+    n_ids = ids.n_sample * ids.n_ranks
+    lane = tl.arange(0, AT_ONCE)
+    for done in range(0, rows, AT_ONCE):
+        here = lane < rows - done
+        marked = tl.load(ids.classes + (first_row + done + lane) * n_ids, mask=here, other=0) == -2
+        if tl.max(marked.to(tl.int32), 0) > 0:
+            for n in range(first_row + done, first_row + tl.minimum(done + AT_ONCE, rows)):
+                if tl.load(ids.classes + n * n_ids) == -2:
+                    start = tl.maximum(n * n_classes, begin)
+                    stop = tl.minimum((n + 1) * n_classes, end)
+                    nan = rounded(tl.full((AT_ONCE,), float("nan"), tl.float32), out.dtype.element_ty)
+                    for at in range(start, stop, AT_ONCE):
+                        tl.store(out + at + lane, nan, mask=lane < stop - at)
+
+
+NUMBERS = ["n_rows", "n_sample", "n_ranks", "ignore_index", "first_class", "n_classes"]
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["grad", "classes", "target"])
 def gradient_kernel(
-    tensors, n_rows, n_sample, n_ranks, ignore_index, first_class, n_classes, BLOCK: tl.constexpr, STEP: tl.constexpr
+    grad,
+    classes,
+    target,
+    out,
+    n_rows: tl.int32,
+    n_sample: tl.int32,
+    n_ranks: tl.int32,
+    ignore_index: tl.int64,
+    first_class: tl.int32,
+    n_classes: tl.int32,
+    BLOCK: tl.constexpr,
 ):
     """Fills one block of the output. Numbers come one by one, because Triton recompiles for new ones in a tuple."""
+    if out.dtype.element_ty == tl.bfloat16:
+        out = out.to(tl.pointer_type(tl.int16), bitcast=True)
+    DTYPE: tl.constexpr = out.dtype.element_ty
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     end = tl.minimum(begin + BLOCK, n_rows.to(tl.int64) * n_classes)
     at = begin + tl.arange(0, BLOCK)
-    DTYPE: tl.constexpr = tensors.out.dtype.element_ty
     zeros = tl.zeros((BLOCK,), DTYPE)
     if end - begin == BLOCK:
-        tl.store(tensors.out + at, zeros)
+        tl.store(out + at, zeros)
     else:
-        tl.store(tensors.out + at, zeros, mask=at < end)
+        tl.store(out + at, zeros, mask=at < end)
     tl.debug_barrier()
+    ids = Ids(classes, grad, n_sample, n_ranks)
     n_ids = n_sample * n_ranks
-    for n in range(begin // n_classes, (end - 1) // n_classes + 1):
-        start = n * n_classes
-        ids = RowIds(tensors.classes + n * n_ids, tensors.grad + n * n_ranks, n_sample, n_ranks)
-        y = tl.full((), -1, tl.int64)
-        ignored = False
-        if tensors.target is not None:
-            y = tl.load(tensors.target + n)
-            ignored = y == ignore_index
-        if tl.load(ids.classes) == -2:
-            nan = rounded(tl.full((BLOCK,), float("nan"), tl.float32), DTYPE)
-            tl.store(tensors.out + at, nan, mask=(at >= start) & (at < tl.minimum(end, start + n_classes)))
-        elif ignored == 0:
-            for first in range(0, n_ids + 1, STEP):  # the true class comes after the last sample
-                i = first + tl.arange(0, STEP)
-                c = tl.load(ids.classes + i, mask=i < n_ids, other=-1)
-                c = tl.where(i == n_ids, y, c)
-                place = c - first_class
-                inside = (c >= first_class) & (place < n_classes)
-                inside &= (start + place >= begin) & (start + place < end)
-                if tl.max(inside.to(tl.int32), 0) > 0:
-                    entry = rounded(entry_of(ids, c, y, STEP), DTYPE)
-                    tl.store(tensors.out + start + place, entry, mask=inside)
+    first_row = begin // n_classes
+    rows = ((end - 1) // n_classes + 1 - first_row).to(tl.int32)
+    each = n_ids + 1  # the true class comes after the last sample
+    for done in range(0, rows * each, AT_ONCE):
+        number = done + tl.arange(0, AT_ONCE)
+        row = first_row + number // each
+        i = number % each
+        here = number < rows * each
+        c = tl.load(classes + row * n_ids + i, mask=here & (i < n_ids), other=-1)
+        here &= tl.load(classes + row * n_ids, mask=here, other=-2) != -2
+        is_target = c != c
+        if target is not None:
+            y = tl.load(target + row, mask=here, other=-1)
+            here &= y != ignore_index
+            c = tl.where(i == n_ids, y, c)
+            is_target = c == y
+        place = c - first_class
+        inside = here & (c >= first_class) & (place < n_classes)
+        inside &= (row * n_classes + place >= begin) & (row * n_classes + place < end)
+        if tl.max(inside.to(tl.int32), 0) > 0:
+            entry = rounded(entry_of(ids, row, c, is_target, inside), DTYPE)
+            tl.store(out + row * n_classes + place, entry, mask=inside)
+    fill_nan(ids, out, first_row, rows, begin, end, n_classes)

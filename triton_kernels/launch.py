@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import layout
 from .collect import collect_kernel
-from .gradient import Gradient, gradient_kernel
+from .gradient import gradient_kernel
 from .layout import INTERPRETED, Wanted, layout_of
 from .search import search_kernel
 
@@ -111,13 +111,12 @@ def gradient(
     if out.numel() == 0:
         return out
     target = None if target is None else target.contiguous()
-    tensors = Gradient(
-        grad.contiguous(), classes.contiguous(), target, out.view(torch.int16) if out.dtype == torch.bfloat16 else out
-    )
-    block = (8192 if n_classes >= 4096 else 4096) // out.element_size()
-    step = min(32, triton.next_power_of_2(n_sample * n_ranks + 1))
+    block = 8192 // out.element_size()
     with on_device(out.device):
         gradient_kernel[(triton.cdiv(out.numel(), block),)](
-            tensors, n_rows, n_sample, n_ranks, ignore_index, first_class, n_classes, block, step, **warps(4), **EXACT
+            *(grad.contiguous(), classes.contiguous(), target, out),
+            *(n_rows, n_sample, n_ranks, ignore_index, first_class, n_classes, block),
+            **warps(4),
+            **EXACT,
         )
     return out
