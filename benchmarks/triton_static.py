@@ -1,4 +1,4 @@
-"""Inspects the compiled Triton kernels without a GPU: registers, spills, instructions.
+"""Inspects the compiled Triton kernels without a GPU: registers, spills, instructions, and how many are compiled.
 
 The launchers run as they do on a device, with a driver that compiles for a named architecture and launches nothing.
 No PTX may have fused multiply-adds or approximate instructions, which would break the noise contract.
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 if os.environ.pop("TRITON_INTERPRET", None):
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # the interpreter compiles nothing
@@ -73,7 +74,7 @@ PREDICTED = [
     for itemsize in (4, 2)
     for epsilon in (1.0, 0.1)
 ]
-QUICK = [CASES[i] for i in (2, 4, 5, 7, 8, 9)]
+QUICK = [CASES[i] for i in (4, 5, 8, 9)]
 
 
 class Compiler:
@@ -107,17 +108,81 @@ def compiled(target: GPUTarget, label, run, kernels=KERNELS) -> list:
     triton.runtime.driver.set_active(Compiler(target, device))
     layout.HIP, layout.processors = target.backend == "hip", lambda device: 132  # those of an H100
     layout.layout_of.cache_clear()
+    launch._COMPILED.clear()
     run()
     return [kernel for function in kernels for kernel in function.device_caches[device][0].values()]
 
 
-def steps(case: Case):
+def steps(case: Case, scores=None):
     """The launches of a step; nothing reads these tensors."""
-    scores = torch.empty(case.n_rows, case.n_classes, dtype=case.dtype)
+    if scores is None:
+        scores = torch.empty(case.n_rows, case.n_classes, dtype=case.dtype)
     target, seed = torch.zeros(case.n_rows, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     search = (seed, case.ranks, 1.0, None, case.n_sample, LAWS.index(case.law), case.sampler == "dense")
     excess, classes = launch.excess(scores, *search, target, -100, case.exclude_target)
     launch.gradient(excess, classes, target, -100, 0, case.n_classes, case.dtype)
+
+
+class Uncompiled:
+    """Stands in for a compiled kernel."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *args):
+        return None
+
+    def run(self, *args):
+        return None
+
+
+class Forgetful(dict):
+    """Stands in for the launcher's kernels: it takes note of what is asked for, and has none of it."""
+
+    def get(self, key):
+        self[key] = None
+
+
+def variants(calls) -> tuple[int, int]:
+    """How many kernels Triton would compile for ``calls``, and how many the launcher tells apart."""
+
+    def compile_nothing(function, key, signature, device, *rest):
+        return function.device_caches[device][0].setdefault(key, Uncompiled())
+
+    launcher = Forgetful()
+    with patch.object(triton.runtime.JITFunction, "_do_compile", compile_nothing):
+        with patch.object(launch, "_COMPILED", launcher):
+            kernels = compiled(TARGETS["sm_90"], object(), lambda: [call() for call in calls])
+    return len(kernels), len(launcher)
+
+
+def training_run() -> list:
+    """Steps of a run whose last batch is smaller, and of views of its logits in other places of memory."""
+    logits = torch.empty(256, 1024)
+    views = (logits[:, :1000], logits[:, 3:1003], logits[::2, :1000], logits.flatten()[1:256_001].view(256, 1000))
+    return [*(torch.empty(n, 1000) for n in (256, 37, 16, 1)), *views]
+
+
+def step_of(scores, ranks=(6,), n_sample=5):
+    """The launches of a step with these scores, for `variants`."""
+    case = Case(*scores.shape, scores.dtype, ranks, n_sample)
+    return lambda: steps(case, scores)
+
+
+VARIANTS = {  # what varies, and the calls in which it does
+    "rows, strides, alignment": lambda: map(step_of, training_run()),
+    "800 to 1024 classes": lambda: (step_of(torch.empty(64, n)) for n in (800, 900, 1000, 1001, 1008, 1023, 1024)),
+    "30 000 to 131 072 classes": lambda: (
+        step_of(torch.empty(2200, n, dtype=torch.bfloat16))
+        for n in (30_000, 32_768, 32_769, 40_000, 50_257, 65_536, 100_000, 131_072)
+    ),
+    "2200 to 1 rows of 200 000 classes": lambda: (
+        step_of(torch.empty(n, 200_000, dtype=torch.bfloat16)) for n in (2200, 1000, 100, 8, 1)
+    ),
+    "k from 1 to 21, 1 to 16 samples, several ranks": lambda: (
+        *(step_of(torch.empty(64, 1000), (k,), n) for k in (1, 2, 6, 11, 21) for n in (1, 5, 8, 10, 16)),
+        *(step_of(torch.empty(64, 1000), ranks) for ranks in ((6, 4, 2), (6, 4, 2, 1), (16, 4, 2, 1))),
+    ),
+}
 
 
 def inspected(kernel, tool: str, option: str) -> str:
@@ -222,9 +287,10 @@ def main():
         return
     note = "compiled and counted, not run: no GPU took part"
     environment = {"triton": triton.__version__, **stamp(), "note": note}
-    RESULT.write_text(json.dumps({"environment": environment, "kernels": report}, indent=1) + "\n")
-    for kernel in report:
-        print(kernel)
+    counts = {name: variants(calls())[0] for name, calls in VARIANTS.items()}
+    result = {"environment": environment, "variants": counts, "kernels": report}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(counts, indent=1))
 
 
 if __name__ == "__main__":

@@ -145,10 +145,7 @@ def finite_are_fewer(row, wanted):
     return finite < wanted
 
 
-NUMBERS = ["offset", "row_stride", "class_stride", "n_classes", "group", "stride", "rank", "parts", "capacity", "slot"]
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["workspace"])
+@triton.jit(do_not_specialize=range(2, 12), do_not_specialize_on_alignment=[1])
 def collect_kernel(
     scores,
     workspace,

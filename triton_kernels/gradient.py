@@ -72,15 +72,12 @@ def fill_nan(ids, out, first_row, rows, begin, end, n_classes):
                         tl.store(out + at + lane, nan, mask=lane < stop - at)
 
 
-NUMBERS = ["n_rows", "n_sample", "n_ranks", "ignore_index", "first_class", "n_classes"]
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=["grad", "classes", "target"])
+@triton.jit(do_not_specialize=range(4, 10), do_not_specialize_on_alignment=range(1, 4))
 def gradient_kernel(
+    out,
     grad,
     classes,
     target,
-    out,
     n_rows: tl.int32,
     n_sample: tl.int32,
     n_ranks: tl.int32,

@@ -6,7 +6,6 @@ All launches go to the current stream of the scores' device and wait for nothing
 from contextlib import nullcontext
 
 import torch
-import triton
 from torch import Tensor
 
 from . import layout
@@ -19,18 +18,41 @@ from .search import search_kernel
 EXACT = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
 
 
-def warps(n: int) -> dict:
-    """Options for ``n`` warps of 32 and 16 warps a multiprocessor, at the price of a few spills.
+_HERE = nullcontext()
+_COMPILED: dict = {}  # by what they are compiled for; Triton's own look-up takes longer than all else in a launch
+
+
+def options(warps: int) -> dict:
+    """How to compile for ``warps`` warps of 32 and 16 warps a multiprocessor, at the price of a few spills.
 
     AMD gets one wave of 64: there Triton's barrier orders shared memory only, and global memory keeps its order only
     for a wave's own accesses.
     """
-    return {"num_warps": 1} if layout.HIP else {"num_warps": n, "maxnreg": 128}
+    return EXACT | ({"num_warps": 1} if layout.HIP else {"num_warps": warps, "maxnreg": 128})
+
+
+def launch(kernel, programs: int, tensors: tuple, numbers: tuple, constants: tuple, warps: int) -> None:
+    """Launches a kernel, which numbers do not recompile: dtypes, absent tensors, the first one's alignment do.
+
+    HIP compiles for the sizes of tensors too.
+    """
+    first, grid = tensors[0], (programs, 1, 1)
+    dtypes = [None if x is None else x.dtype for x in tensors]
+    key = (kernel, first.device, first.data_ptr() % 16 == 0, *dtypes, *constants)
+    compiled = _COMPILED.get(key)
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *constants)
+        return
+    compiled = kernel[grid](*tensors, *numbers, *constants, **options(warps))
+    if compiled is not None and not layout.HIP:  # the interpreter compiles nothing
+        _COMPILED[key] = compiled
 
 
 def on_device(device: torch.device):
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 def check_devices(device: torch.device, **tensors: Tensor | None) -> None:
@@ -57,26 +79,33 @@ def search(scores: Tensor, seed: Tensor, epsilon: float, schedule, wanted: Wante
     if n_rows == 0:
         return values, classes
     row_stride, class_stride = scores.stride()
-    how = layout_of((n_rows, n_classes), scores.element_size(), class_stride == 1, wanted, layout.processors(device))
-    workspace = torch.empty((how.programs, how.slot), dtype=torch.int64, device=device)
+    itemsize, offset, adjacent = scores.element_size(), 0, class_stride == 1
+    if misplaced := scores.data_ptr() % 16 // itemsize:  # vectors of 16 bytes begin in front of the first score
+        if misplaced <= scores.storage_offset():
+            offset = misplaced
+            scores = scores.as_strided((1,), (1,), scores.storage_offset() - offset)
+        else:  # the storage itself lies like that
+            adjacent = False
+    how = layout_of((n_rows, n_classes), itemsize, adjacent, wanted, layout.processors(device))
+    parts, _, slot = how.lists
+    workspace = torch.empty(how.programs * slot, dtype=torch.int64, device=device)
     target = None if target is None else target.contiguous()
-    row = (0, row_stride, class_stride, n_classes)
-    lists = (how.parts, how.capacity, how.slot)
+    row = (offset, row_stride, class_stride, n_classes)
+    first_row = (place[0] + 2**31) % 2**32 - 2**31
     with on_device(device):
-        if how.parts > 1:
-            collect_kernel[(n_rows * how.parts,)](
-                scores, workspace, *row, *how.plan[:3], *lists, how.shape, **warps(1), **EXACT
-            )
-        search_kernel[(how.programs,)](
-            *(scores, seed, schedule, target, workspace, values, classes),
-            *row,
-            *how.plan,
-            *lists,
-            *(n_rows, (place[0] + 2**31) % 2**32 - 2**31, place[1], n_sample, epsilon, k, ignore_index),
-            *(n_ranks, *how.ranks, int(wanted.exclude_target)),
-            how.shape,
-            **warps(1),
-            **EXACT,
+        if parts > 1:
+            numbers = (*row, *how.plan[:3], *how.lists)
+            launch(collect_kernel, n_rows * parts, (scores, workspace), numbers, (how.collecting,), warps=1)
+        launch(
+            search_kernel,
+            how.programs,
+            (scores, seed, schedule, target, workspace, values, classes),
+            (
+                *(*row, *how.plan, *how.lists, n_rows, first_row, place[1], n_sample, epsilon, k, ignore_index),
+                *(n_ranks, *how.ranks, int(wanted.exclude_target)),
+            ),
+            (how.shape,),
+            warps=1,
         )
     return values, classes
 
@@ -112,11 +141,8 @@ def gradient(
         return out
     target = None if target is None else target.contiguous()
     block = 8192 // out.element_size()
+    numbers = (n_rows, n_sample, n_ranks, ignore_index, first_class, n_classes)
     with on_device(out.device):
-        gradient_kernel[(triton.cdiv(out.numel(), block),)](
-            *(grad.contiguous(), classes.contiguous(), target, out),
-            *(n_rows, n_sample, n_ranks, ignore_index, first_class, n_classes, block),
-            **warps(4),
-            **EXACT,
-        )
+        tensors = (out, grad.contiguous(), classes.contiguous(), target)
+        launch(gradient_kernel, -(-out.numel() // block), tensors, numbers, (block,), warps=4)
     return out

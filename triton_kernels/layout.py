@@ -26,24 +26,23 @@ class Shape(NamedTuple):
     N: int  # samples side by side
     KEPT: int  # places of a Best
     TILE: int  # contenders whose words are drawn at a time
-    HELD: int  # survivors of a sample that wait for their draws: more than TILE, at most 255
+    HELD: int  # survivors of a sample that wait for their draws: more than TILE, at most 255; at least 512 in all
     ABREAST: int  # survivors or arrivals of a sample that are looked at at a time
     LANES: int  # of a program
     VECTORS: int = 8  # of a lane, which are in flight as a row is collected
     MOST_PARTS: int = MOST_PARTS
-    HEADER: int = 32  # int64 words in front of the lists, at least MOST_PARTS + 1
+    HEADER: int = MOST_PARTS + 2  # int64 words in front of the lists
 
 
 class Layout(NamedTuple):
     """How the rows of a search are shared out and where their lists lie."""
 
     shape: Shape
+    collecting: Shape  # what of it matters to the collection of split rows
+    lists: tuple[int, int, int]  # programs that collect a row, contenders a list, int64 words of a program's lists
     plan: tuple[int, int, int, int]  # group, stride, rank, wanted
-    parts: int  # programs that collect a row
-    capacity: int  # contenders that a list holds, whole tiles of them
-    slot: int  # int64 words of a program's lists
     programs: int
-    ranks: tuple[int, int, int, int]  # a byte a rank, less 1
+    ranks: tuple[int, ...]  # four words with a byte a rank, less 1
 
 
 class Wanted(NamedTuple):
@@ -111,14 +110,13 @@ def layout_of(size: tuple[int, int], itemsize: int, adjacent: bool, wanted: Want
     parts = 1
     if plan:
         parts = row_parts(n_rows, n_classes, shape.VECTORS * shape.LANES * shape.WIDTH, n_processors)
-    capacity = tile * (math.ceil(2 * about / parts / tile) + (parts > 1))
+    capacity = tile * (math.ceil(7 * about / (4 * parts * tile)) + (parts > 1))
     packed = [sum((rank - 1) << (8 * m) for m, rank in enumerate(wanted.ranks[i : i + 8])) for i in range(0, 32, 8)]
     return Layout(
         shape,
+        shape._replace(LAW=0, CANDIDATES=False, RANKS=0, N=0, KEPT=0, HELD=0, ABREAST=0),
+        (parts, capacity, shape.HEADER + tile + parts * capacity + shape.HELD * samples),
         (*(plan or (1, 1, 0)), about),
-        parts,
-        capacity,
-        shape.HEADER + tile + parts * capacity + shape.HELD * samples,
         n_rows if parts > 1 else min(n_rows, RESIDENT * n_processors),
-        (packed[0], packed[1], packed[2], packed[3]),
+        tuple(packed),
     )

@@ -191,15 +191,7 @@ def search_row(scores, tensors, search, plan, ranks, lists, listed, n, SHAPE: tl
             fill(tensors.classes + n * search.n_sample * M, search.n_sample * M, -2)
 
 
-NUMBERS = [
-    *("offset", "row_stride", "class_stride", "n_classes", "group", "stride", "rank", "wanted", "parts", "capacity"),
-    *("slot", "n_rows", "first_row", "first_class", "n_sample", "epsilon", "k", "ignore_index", "n_ranks"),
-    *("ranks0", "ranks1", "ranks2", "ranks3", "exclude_target"),
-]
-POINTERS = ["seed", "schedule", "target", "workspace", "out", "classes"]
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
+@triton.jit(do_not_specialize=range(7, 31), do_not_specialize_on_alignment=range(1, 7))
 def search_kernel(
     scores,
     seed,

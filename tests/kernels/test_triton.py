@@ -618,25 +618,49 @@ def test_compiled_code_keeps_the_contract_and_its_budget():
 
 @pytest.mark.host
 def test_new_numbers_compile_nothing():
-    """Rows, seed, K, noise level, samples and the place of a slice vary from call to call without a recompilation."""
+    """Rows, classes, seed, K, noise level, samples and the place of a slice vary without a recompilation.
+
+    The launcher's look-up tells as many kernels apart as Triton's, which knows more of the arguments.
+    """
     code = (
         "import torch\n"
         "from benchmarks import triton_static as t\n"
-        "def calls(n, k, n_sample, ignore_index, place):\n"
-        "    scores, target = torch.empty(n, 1000), torch.zeros(n, dtype=torch.int64)\n"
-        "    noise = (torch.zeros((), dtype=torch.int64), 1.0 / k, None, n_sample, 0, False)\n"
+        "def calls(n, n_classes, k, n_sample, ignore_index, place):\n"
+        "    scores, target = torch.empty(n, n_classes), torch.zeros(n, dtype=torch.int64)\n"
+        "    noise = (torch.zeros(3, dtype=torch.int64)[n % 3], 1.0 / k, None, n_sample, 0, False)\n"
         "    take = lambda ranks: (noise[0], ranks, *noise[1:])\n"
         "    t.launch.candidates(scores, *take([k]), *place)\n"
         "    for ranks in ([k], [k, k - 1]):\n"
         "        _, classes = t.launch.excess(scores, *take(ranks), target, ignore_index, False)\n"
         "        grad = torch.zeros(n, len(ranks))\n"
-        "        t.launch.gradient(grad, classes, target, ignore_index, place[1], 1000, torch.float32)\n"
-        "numbers = [(4, 6, 6, -100, (5, 9)), (1, 3, 5, 1, (0, 0)), (16, 8, 4, 16, (16, 1)), (7, 4, 7, -1, (1, 16))]\n"
-        "run = lambda some: t.compiled(t.TARGETS['sm_90'], 'numbers', lambda: [calls(*one) for one in some])\n"
-        "print(len(run(numbers[:1])), len(run(numbers)))"
+        "        t.launch.gradient(grad, classes, target, ignore_index, place[1], n_classes, torch.float32)\n"
+        "numbers = [\n"
+        "    (4, 1000, 6, 6, -100, (5, 9)), (2, 1001, 3, 5, 1, (2**32 - 1, 0)), (7, 64, 4, 7, -(2**40), (1, 16)),\n"
+        "    (3000, 16, 2, 1, 2**31, (2**31, 2**31 - 100)), (1, 2, 2, 1, 0, (0, 0)), (16, 2**16, 8, 4, 16, (16, 1))\n"
+        "]\n"
+        "run = lambda some: t.variants([lambda one=one: calls(*one) for one in some])\n"
+        "print(*run(numbers[:1]), *run(numbers[:5]), *run(numbers))\n"
+        "print(all(len(set(t.variants(list(calls())))) == 1 for calls in t.VARIANTS.values()))"
     )
-    first, all_of_them = python("-c", code).split()
-    assert int(first) == int(all_of_them) == 5, "candidates, one rank, two ranks, and the gradients of the latter two"
+    *counts, agree = python("-c", code).split()
+    assert counts[:4] == ["4"] * 4, "candidates, one rank, two ranks, and the gradient"
+    assert counts[4:] == ["5"] * 2, "and the collection of the last call's rows, which are few and long"
+    assert agree == "True"
+
+
+def test_workspace_is_a_fiftieth_of_the_scores():
+    """On an H100's multiprocessors; it belongs to the programs that run at a time."""
+    for n_rows, n_classes, itemsize, k, n_sample in (
+        (262_144, 1000, 4, 6, 5),
+        (8192, 131_072, 2, 6, 16),
+        (2048, 1_000_000, 2, 6, 5),
+        (4096, 100_000, 4, 100, 16),
+    ):
+        for law in range(2):
+            wanted = layout.Wanted((k,), n_sample, law, False, False, False)
+            how = layout.layout_of((n_rows, n_classes), itemsize, True, wanted, 132)
+            assert how.programs == n_rows or how.programs == 16 * 132
+            assert how.programs * how.lists[2] * 8 <= n_rows * n_classes * itemsize / 50
 
 
 # Availability and errors
