@@ -2,7 +2,8 @@
 
 A lane turns its vectors of a block into bits, one scan gives all lanes their places, and each lane then loops over its
 bits. A chunk is what a list holds: a row with more contenders is collected further after they have been drawn. With
-few long rows, several programs collect a row, a block of it in turn.
+few long rows, several programs collect a row, 128 bytes of it in turn: where classes are sorted by their frequency, all
+contenders may stand in a few KiB.
 Bytes: the row once; lists of some M contenders, 8 bytes each, that stay in L1 and L2.
 """
 
@@ -15,6 +16,7 @@ from .cut import Plan, cut_of
 from .row import load_scores, row_of, scores_of, widened
 
 NO_ENTRY = tl.constexpr(-(1 << 63))  # below every entry
+TURN = tl.constexpr(8)  # vectors that a part takes before the next part's turn
 
 
 class Lists(NamedTuple):
@@ -59,8 +61,14 @@ def low_bits(n, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def hits_of(row, cut, start, SHAPE: tl.constexpr):
-    """Bits of the places of a block from ``start`` on that are above the cut or NaN, 32 places of a lane a word.
+def place_of(vector, parts, WIDTH: tl.constexpr):
+    """The first place of a part's vectors, from its first one on."""
+    return (vector // TURN * (TURN * parts) + vector % TURN) * WIDTH
+
+
+@triton.jit
+def hits_of(row, cut, start, parts, SHAPE: tl.constexpr):
+    """Bits of the places of a part's block from ``start`` on that are above the cut or NaN, 32 places of a lane a word.
 
     Bit u * WIDTH + i of word h * LANES + l is place i of vector (h * 32 / WIDTH + u) * LANES + l.
     """
@@ -69,7 +77,7 @@ def hits_of(row, cut, start, SHAPE: tl.constexpr):
     VECTORS: tl.constexpr = SHAPE.VECTORS
     EACH: tl.constexpr = 32 // WIDTH
     number = tl.arange(0, VECTORS)[:, None]
-    vector = (number * LANES + tl.arange(0, LANES)[None, :]) * WIDTH  # [VECTORS, LANES]
+    vector = place_of(number * LANES + tl.arange(0, LANES)[None, :], parts, WIDTH)  # [VECTORS, LANES]
     i = tl.arange(0, WIDTH)[None, None, :]
     at = vector[:, :, None] + i
     left = row.n_classes + row.lead - start
@@ -79,7 +87,7 @@ def hits_of(row, cut, start, SHAPE: tl.constexpr):
         inside = at < left
     x = widened(tl.load(row.places + (start + at).to(tl.int64) * row.class_stride, mask=inside, other=0))
     hits = tl.sum(((x <= cut) == 0).to(tl.int32) << i, 2)
-    if (start < row.lead) | (left < VECTORS * LANES * WIDTH):
+    if (start < row.lead) | (left < VECTORS * LANES * WIDTH * parts):
         hits &= low_bits(left - vector, WIDTH) & (low_bits(row.lead - start - vector, WIDTH) ^ -1)
     words = (hits << (number % EACH * WIDTH)).to(tl.uint32)
     return tl.reshape(tl.sum(tl.reshape(words, (VECTORS // EACH, EACH, LANES)), 1), (VECTORS // EACH * LANES,))
@@ -95,21 +103,21 @@ def bit_count(x):
 
 
 @triton.jit
-def collect(row, cut, entries, capacity, start, skip, step, SHAPE: tl.constexpr):
-    """Lists up to ``capacity`` contenders of the blocks ``start``, ``start + step``, ... of the row.
+def collect(row, cut, entries, capacity, start, skip, parts, SHAPE: tl.constexpr):
+    """Lists up to ``capacity`` contenders of the row, or of one of its parts, from a block's ``start`` on.
 
-    The first ``skip`` contenders of the first block are passed over. Returns how many are listed, and where to go on.
+    The first ``skip`` contenders of this block are passed over. Returns how many are listed, and where to go on.
     """
     WIDTH: tl.constexpr = SHAPE.WIDTH
     LANES: tl.constexpr = SHAPE.LANES
     word = tl.arange(0, SHAPE.VECTORS * WIDTH // 32 * LANES)
-    first = (word // LANES * (32 // WIDTH) * LANES + word % LANES) * WIDTH  # the place of a word's bit 0
+    first = word // LANES * (32 // WIDTH) * LANES + word % LANES  # the vector of a word's bit 0
     end = row.n_classes + row.lead
     start = tl.cast(start, tl.int32)
     skip = tl.cast(skip, tl.int32)
     count = 0
     while (start < end) & (count < capacity):
-        words = hits_of(row, cut, start, SHAPE)
+        words = hits_of(row, cut, start, parts, SHAPE)
         each = bit_count(words)
         total = tl.sum(each, 0)
         to = tl.cumsum(each, 0) - each + (count - skip)
@@ -117,7 +125,7 @@ def collect(row, cut, entries, capacity, start, skip, step, SHAPE: tl.constexpr)
             rest = words & (words - 1)
             bit = (words ^ rest).to(tl.float32).to(tl.int32, bitcast=True)
             bit = tl.maximum((bit >> 23) - 127, 0)  # its number
-            place = start + first + bit // WIDTH * (LANES * WIDTH) + bit % WIDTH
+            place = start + place_of(first + bit // WIDTH * LANES, parts, WIDTH) + bit % WIDTH
             kept = (words != 0) & (to >= count) & (to < capacity)
             score = widened(tl.load(row.places + place.to(tl.int64) * row.class_stride, mask=kept, other=0))
             tl.store(entries + to, entry_of(score, place - row.lead), mask=kept)
@@ -127,7 +135,7 @@ def collect(row, cut, entries, capacity, start, skip, step, SHAPE: tl.constexpr)
         count += taken
         skip += taken
         if skip == total:
-            start += step
+            start += SHAPE.VECTORS * LANES * WIDTH * parts
             skip = 0
     return count, start, skip
 
@@ -169,8 +177,7 @@ def collect_kernel(
     # The parts of a row write the same maxima there.
     cut = cut_of(row, Plan(group, stride, rank, 0), lists.survivors, SHAPE)
     entries = lists.pilot + SHAPE.TILE + part * lists.capacity
-    BLOCK: tl.constexpr = SHAPE.VECTORS * SHAPE.LANES * SHAPE.WIDTH
-    count, start, _ = collect(row, cut, entries, lists.capacity, part * BLOCK, 0, parts * BLOCK, SHAPE)
+    count, start, _ = collect(row, cut, entries, capacity, part * (TURN * SHAPE.WIDTH), 0, parts, SHAPE)
     whole = start >= row.n_classes + row.lead
     tl.store(lists.header + 1 + part, tl.where(whole, count, -1).to(tl.int64))
     tl.store(lists.header, cut.to(tl.int32, bitcast=True).to(tl.int64))

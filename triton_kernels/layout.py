@@ -110,7 +110,7 @@ def layout_of(size: tuple[int, int], itemsize: int, adjacent: bool, wanted: Want
     parts = 1
     if plan:
         parts = row_parts(n_rows, n_classes, shape.VECTORS * shape.LANES * shape.WIDTH, n_processors)
-    capacity = tile * (math.ceil(7 * about / (4 * parts * tile)) + (parts > 1))
+    capacity = tile * math.ceil((7 * about / (4 * parts) + (8 * shape.WIDTH if parts > 1 else 0)) / tile)
     packed = [sum((rank - 1) << (8 * m) for m, rank in enumerate(wanted.ranks[i : i + 8])) for i in range(0, 32, 8)]
     return Layout(
         shape,

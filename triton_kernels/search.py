@@ -61,8 +61,7 @@ def contenders_drawn(best, row, cut, lists, listed, search, plan, first_sample, 
         if listed == 0:
             from_start = (start == 0) & (skip == 0)
             entries = lists.pilot + SHAPE.TILE
-            step: tl.constexpr = SHAPE.VECTORS * SHAPE.LANES * SHAPE.WIDTH
-            count, start, skip = collect(row, cut, entries, lists.space, start, skip, step, SHAPE)
+            count, start, skip = collect(row, cut, entries, lists.space, start, skip, 1, SHAPE)
             tl.store(lists.header + 1, count.to(tl.int64))
             tl.debug_barrier()
             n_lists = 1

@@ -32,7 +32,7 @@ from testing import (
     randn,
     scores_of,
 )
-from topk_fast import BalNoisedTopK, available_backends, backends, noise
+from topk_fast import BalNoisedTopK, available_backends, backends, noise, reference
 from topk_fast.functional import (
     bal_noised_topk_loss,
     linear_noised_topk_loss,
@@ -51,7 +51,7 @@ on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams, graphs and
 if "triton" in available_backends(DEVICE):
     import triton
     import triton.language as tl
-    from topk_fast.triton_kernels import bounds, launch, layout
+    from topk_fast.triton_kernels import bounds, collect, launch, layout
 
     @triton.jit
     def bounds_kernel(scores, words, times, reach, epsilon, LAW: tl.constexpr, N: tl.constexpr):
@@ -256,11 +256,52 @@ def test_shapes(n_rows, n_classes, k, n_sample):
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_more_contenders_than_a_list_holds(monkeypatch, parts):
-    """The plan looks at every other group of 8; the classes between are all above the cut, 4500 for 1024 places."""
+    """The plan looks at every other group of 8; the classes between are all above the cut, 4500 for some 350 places."""
     split_rows(monkeypatch, parts)
     assert noise.plan(9000, 6)[:2] == (8, 2)
     scores = randn(1, 9000) + (torch.arange(9000) // 8 % 2) * 20.0
     check(noised_topk_candidates, scores, 6, 1.0, 5, seed=3)
+
+
+ORDERS = {  # rows in which the high scores stand close together
+    "sorted": lambda x: x.sort(dim=1, descending=True).values,
+    "by Zipf's law": lambda x: x * 0.1 - torch.arange(1.0, x.shape[1] + 1).log(),
+    "in a cluster": lambda x: x + (torch.arange(x.shape[1]) // 1500 == 3) * 6.0,
+    "ties in a cluster": lambda x: (x * 0.0) + (torch.arange(x.shape[1]) // 700 == 2) * 1.0,
+    "a NaN behind a cluster": lambda x: (x + (torch.arange(x.shape[1]) < 2000) * 6.0).index_fill(
+        1, torch.tensor([x.shape[1] - 2]), float("nan")
+    ),
+}
+
+
+@pytest.mark.parametrize("order", some_on_gpu([(order,) for order in ORDERS], lambda order: order == "in a cluster"))
+@pytest.mark.parametrize(
+    "parts, law, epsilon, n_sample", [(1, "normal", 1.0, 5), (4, "gumbel", 1.0, 17), (1, "gumbel", 0.0, 3)]
+)
+def test_rows_whose_high_scores_stand_together(monkeypatch, order, parts, law, epsilon, n_sample):
+    """Lists overflow in the middle of a block, for two batches of samples too, and the rest is collected later."""
+    split_rows(monkeypatch, parts)
+    scores = ORDERS[order](randn(1, 9001, seed=2))
+    check(noised_topk_candidates, scores, 6, epsilon, n_sample, noise=law, seed=3)
+
+
+@only_interpreted
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_parts_share_high_scores_that_stand_together(monkeypatch, dtype):
+    """Parts take 128 bytes in turn: none of their lists overflows, though many contenders stand side by side."""
+    split_rows(monkeypatch, 16)
+    scores, length = randn(1, 100_000), 100_000
+    scores[0, 1000:1400] += 6.0
+    scores = scores.to(dtype)
+    wanted = layout.Wanted((6,), 5, 0, False, False, True)
+    how = launch.layout_of((1, length), scores.element_size(), True, wanted, 132)
+    parts, capacity, slot = how.lists
+    workspace = torch.zeros(slot, dtype=torch.int64)
+    numbers = (0, length, 1, length, *how.plan[:3], *how.lists)
+    launch.launch(collect.collect_kernel, parts, (scores, workspace), numbers, (how.collecting,), warps=1)
+    counts = workspace[1 : 1 + parts]
+    assert (counts > 20).all() and (counts <= capacity).all()
+    assert counts.sum() == (scores.float() > reference.cut_of(scores.float(), 6)).sum() > 800
 
 
 @pytest.mark.parametrize("k, finite", [pytest.param(100, 100, marks=only_interpreted), (6, 500)])
