@@ -70,7 +70,7 @@ def processors(device: torch.device) -> int:
 def row_parts(n_rows: int, n_classes: int, block: int, n_processors: int) -> int:
     """The number of programs that collect a row: more than one where rows are few and long."""
     parts = 1
-    while parts < MOST_PARTS and n_rows * parts < RESIDENT * n_processors and n_classes >= 32 * parts * block:
+    while parts < MOST_PARTS and n_rows * parts < RESIDENT // 2 * n_processors and n_classes >= 32 * parts * block:
         parts *= 2
     return parts
 
