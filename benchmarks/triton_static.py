@@ -28,7 +28,6 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks import RESULTS
 from examples.machine import stamp
-from topk_fast import functional, reference
 
 KERNELS = (collect.collect_kernel, search.search_kernel, gradient.gradient_kernel)
 LAWS = ("normal", "gumbel")
@@ -66,13 +65,6 @@ CASES = [
     Case(64, 2_000, torch.float32, (6,), 5, sampler="dense"),
     Case(8192, 32_768, torch.bfloat16, (1,), 16, law="gumbel"),
     Case(1024, 1000, torch.float32, (2, 4, 6), 5, exclude_target=True),
-]
-# (N, L, k, n_sample, epsilon, bytes of a score) of the floors.
-PREDICTED = [
-    (n, length, 6, 10, epsilon, itemsize)
-    for n, length in ((1024, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072), (268, 1_000_000))
-    for itemsize in (4, 2)
-    for epsilon in (1.0, 0.1)
 ]
 QUICK = [CASES[i] for i in (4, 5, 8, 9)]
 
@@ -228,47 +220,6 @@ def facts(kernel) -> dict:
         "forbidden": sorted(
             set(re.findall(r"\b(?:fma|mad\.(?:rn|rz)|[\w.]+\.approx|div\.full)[\w.]*", kernel.asm["ptx"]))
         ),
-    }
-
-
-def work(length: int, k: int, n_sample: int, epsilon: float, rows: int = 8) -> dict:
-    """Means over N(0, 1) rows: contenders, words that pass the bound, arrivals; the last two of one sample."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(rows, length, generator=generator)
-    cut = reference.cut_of(scores, k)
-    values, _ = functional.noised_topk_candidates(scores, k, epsilon, n_sample, seed=1)
-    level = (values[..., -1].double() - cut[:, None]) / epsilon
-    arrivals = (-torch.special.log_ndtr(level) * length).mean().item()  # of a process of rate L, down to that level
-    passed = 0
-    for row, bound in zip(scores, cut):
-        noised = row[row > bound] + epsilon * torch.randn(n_sample, int((row > bound).sum()), generator=generator)
-        reach, held = -torch.inf, torch.zeros(n_sample)
-        for start in range(0, noised.shape[1], 32):
-            here = (noised[:, start : start + 32] >= reach).sum(1)
-            passed += here.sum().item()
-            held += here
-            if start == 0 or held.max() > 32:
-                reach = noised[:, : start + 32].topk(min(k, start + 32)).values[:, -1].min()
-                held.zero_()
-    contenders = (scores > cut[:, None]).sum(1).float().mean().item()
-    return {"contenders": contenders, "passed": passed / rows / n_sample, "arrivals": arrivals}
-
-
-def floors(counts: dict, per_row: float, n, length, k, n_sample, epsilon, itemsize) -> dict:
-    """A case, its `work`, and the times below which no step can be, with ``per_row`` instructions of a warp a row."""
-    bytes_ = n * (2 * length * itemsize + 32 * n_sample * counts["arrivals"])
-    return {
-        "N": n,
-        "L": length,
-        "k": k,
-        "n_sample": n_sample,
-        "epsilon": epsilon,
-        "itemsize": itemsize,
-        **{name: round(value, 1) for name, value in counts.items()},
-        "warp_instructions_a_row": round(per_row),
-        "floor_bytes_ms": bytes_ / 3.0e12 * 1e3,
-        "floor_instructions_ms": n * per_row / (132 * 4 * 1.755e9) * 1e3,
-        "floor_copy_ms": 2 * n * length * itemsize / 3.0e12 * 1e3,
     }
 
 
