@@ -15,7 +15,7 @@ from benchmarks.markdown import grid, where
 from benchmarks.study.tables import ablation_table, settings_table, study_data_table, study_full
 
 IMAGES = ROOT / "docs" / "img"
-PAGES = ("README.md", "docs/choosing.md", "docs/study.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/performance.md", "docs/study.md")
 PLAIN = "linear + cross-entropy"
 # Of the sampled cross-entropy's time and memory to PLAIN, at L = 100 000; with sparse_grad the second of each.
 LINEAR_GOALS = {"time": (0.4, 0.35), "memory": (0.25, 0.1)}
@@ -176,6 +176,26 @@ def language_table() -> str:
     return grid(head, rows) + "\n\n" + note + where(report["environment"])
 
 
+def model_table() -> str:
+    """The model of the CUDA kernels' forward before and after their rewrite, beside the time of the scores' bytes."""
+    report = result("model")
+    sections, rows = ("before", "after"), {}
+    for section in sections:
+        for c in (c for c in report[section]["cases"] if c["step"] == "forward" and c["k"] == 6):
+            row = (f"{c['n_rows']}, {c['n_classes']}", c["dtype"], c["law"], str(c["n_sample"]))
+            rows.setdefault(row, {})[c["gpu"], section] = f"{ms(c['estimate_us'])} us"
+            rows[row][c["gpu"], "bytes"] = f"{ms(c['byte_floor_us'])} us"
+    gpus = list(dict.fromkeys(c["gpu"] for c in report["after"]["cases"]))
+    columns = [(gpu, kind) for gpu in gpus for kind in (*sections, "bytes")]
+    head = ["N, L", "dtype", "law", "B"] + [f"{gpu}, {kind}" for gpu, kind in columns]
+    commits = (f"{section}: commit {report[section]['environment']['commit']}" for section in sections)
+    note = (
+        "A model, of which nothing was measured on a GPU: the forward with K + 1 = 6 and epsilon = 1 on standard normal "
+        f"scores, 2 us of each launch included, and the time of the scores' bytes. {'; '.join(commits)}."
+    )
+    return grid(head, [[*row, *(times[column] for column in columns)] for row, times in rows.items()]) + "\n\n" + note
+
+
 TABLES = {
     "cpu": goals_table,
     "peers": peers_table,
@@ -190,6 +210,7 @@ TABLES = {
     "ablation": ablation_table,
     "gradient": gradient_table,
     "language model": language_table,
+    "model": model_table,
 }
 MARK = re.compile(r"<!-- ([a-z -]+) table -->\n(.*?)<!-- end -->", re.DOTALL)
 
