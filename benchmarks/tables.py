@@ -190,8 +190,8 @@ def model_table() -> str:
     head = ["N, L", "dtype", "law", "B"] + [f"{gpu}, {kind}" for gpu, kind in columns]
     commits = (f"{section}: commit {report[section]['environment']['commit']}" for section in sections)
     note = (
-        "A model, of which nothing was measured on a GPU: the forward with K + 1 = 6 and epsilon = 1 on standard normal "
-        f"scores, 2 us of each launch included, and the time of the scores' bytes. {'; '.join(commits)}."
+        "A model, of which nothing was measured on a GPU: the forward with K + 1 = 6 and epsilon = 1 on standard "
+        f"normal scores, 2 us of each launch included, and the time of the scores' bytes. {'; '.join(commits)}."
     )
     return grid(head, [[*row, *(times[column] for column in columns)] for row, times in rows.items()]) + "\n\n" + note
 

@@ -16,8 +16,6 @@ from .search import search_kernel
 
 # One rounding an operation, as the noise contract asks; a wrong label stops the device, as in torch's own losses.
 EXACT = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False}
-
-
 _HERE = nullcontext()
 _COMPILED: dict = {}  # by what they are compiled for; Triton's own look-up takes longer than all else in a launch
 
