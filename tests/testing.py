@@ -39,6 +39,16 @@ def known_scores(case):
     }[case["scores"]]()
 
 
+# Searches whose workspace has to be small beside their scores: n_rows, n_classes, dtype, k, n_sample.
+LARGE_SEARCHES = [
+    (262_144, 1000, torch.float32, 6, 5),
+    (8192, 131_072, torch.bfloat16, 6, 16),
+    (2048, 1_000_000, torch.bfloat16, 6, 5),
+    (1, 1_000_000, torch.float32, 6, 5),
+    (4096, 100_000, torch.float32, 100, 16),
+]
+
+
 def bits(x):
     """The raw bits, with one pattern for every NaN: which NaN it is the contract leaves open."""
     if not x.dtype.is_floating_point:

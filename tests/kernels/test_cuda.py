@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 
-from testing import KINDS, ROOT, assert_same, scores_of
+from testing import KINDS, LARGE_SEARCHES, ROOT, assert_same, scores_of
 from topk_fast import available_backends, noise, ops, reference
 from topk_fast.request import Labels, Noise, Place, Slice
 
@@ -333,16 +333,7 @@ def test_multiprocessors_with_less_memory(one_order, n_rows, n_classes, k, n_sam
 
 @pytest.mark.host
 @NEEDS_GXX
-@pytest.mark.parametrize(
-    "n_rows, n_classes, dtype, k, n_sample",
-    [
-        (262_144, 1000, torch.float32, 6, 5),
-        (8192, 131_072, torch.bfloat16, 6, 16),
-        (2048, 1_000_000, torch.bfloat16, 6, 5),
-        (1, 1_000_000, torch.float32, 6, 5),
-        (4096, 100_000, torch.float32, 100, 16),
-    ],
-)
+@pytest.mark.parametrize("n_rows, n_classes, dtype, k, n_sample", LARGE_SEARCHES)
 def test_the_workspace_is_small_beside_the_scores(library, n_rows, n_classes, dtype, k, n_sample):
     """On a GPU of 132 multiprocessors: only blocks that run at a time have lists, however many rows there are."""
     request = Search(type=DTYPES.index(dtype), n_rows=n_rows, n_classes=n_classes, k=k, n_sample=n_sample)

@@ -23,6 +23,7 @@ from testing import (
     KINDS,
     KNOWN,
     KNOWN_IDS,
+    LARGE_SEARCHES,
     ROOT,
     assert_same,
     dense_oracle,
@@ -691,17 +692,12 @@ def test_new_numbers_compile_nothing():
 
 def test_workspace_is_a_fiftieth_of_the_scores():
     """On an H100's multiprocessors; it belongs to the programs that run at a time."""
-    for n_rows, n_classes, itemsize, k, n_sample in (
-        (262_144, 1000, 4, 6, 5),
-        (8192, 131_072, 2, 6, 16),
-        (2048, 1_000_000, 2, 6, 5),
-        (4096, 100_000, 4, 100, 16),
-    ):
+    for n_rows, n_classes, dtype, k, n_sample in LARGE_SEARCHES:
         for law in range(2):
             wanted = layout.Wanted((k,), n_sample, law, False, False, False)
-            how = layout.layout_of((n_rows, n_classes), itemsize, True, wanted, 132)
+            how = layout.layout_of((n_rows, n_classes), dtype.itemsize, True, wanted, 132)
             assert how.programs == n_rows or how.programs == 16 * 132
-            assert how.programs * how.lists[2] * 8 <= n_rows * n_classes * itemsize / 50
+            assert how.programs * how.lists[2] * 8 <= n_rows * n_classes * dtype.itemsize / 50
 
 
 # Availability and errors

@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 
+from testing import LARGE_SEARCHES
 from topk_fast import noise, ops
 
 
@@ -55,16 +56,7 @@ def test_extreme_gradients_keep_the_limits_of_a_launch(only_launched, calls, n_r
     assert launch["error"] == 0
 
 
-@pytest.mark.parametrize(
-    "n_rows, n_classes, dtype, k, n_sample",
-    [
-        (262_144, 1000, torch.float32, 6, 5),
-        (8192, 131_072, torch.bfloat16, 6, 16),
-        (2048, 1_000_000, torch.bfloat16, 6, 5),
-        (1, 1_000_000, torch.float32, 6, 5),
-        (4096, 100_000, torch.float32, 100, 16),
-    ],
-)
+@pytest.mark.parametrize("n_rows, n_classes, dtype, k, n_sample", LARGE_SEARCHES)
 def test_a_search_allocates_little_beside_the_scores(only_launched, noise_on, n_rows, n_classes, dtype, k, n_sample):
     """The shapes of test_cuda.py's test of the workspace, now by torch's own count, results included."""
     x = torch.empty(n_rows, n_classes, dtype=dtype, device="cuda")
