@@ -119,11 +119,14 @@ struct Pass {
       if (begin == 0 && end % W == 0) return mask;
     }
 #pragma unroll 1
-    for (int bit = 0; bit < W * kUnroll; ++bit) {  // of 16 bytes that are not all in the row, or that lie apart
-      const int place = place_of_bit<TEAM, T>(bit), first = place / W * W;
-      if (place < begin || place >= end) continue;
-      if (scores.stride == 1 && first >= begin && first + W <= end) continue;
-      mask |= !(scores[start + place] <= cut) ? 1u << bit : 0u;
+    for (int bit = 0; bit < W * kUnroll; bit += 4) {  // of 16 bytes that are not all in the row, or that lie apart
+      S x[4];
+      for (int j = 0; j < 4; ++j) {
+        const int place = place_of_bit<TEAM, T>(bit + j), first = place / W * W;
+        const bool is_whole = scores.stride == 1 && first >= begin && first + W <= end;
+        x[j] = place >= begin && place < end && !is_whole ? scores[start + place] : -infinity<S>();
+      }
+      for (int j = 0; j < 4; ++j) mask |= !(x[j] <= cut) ? 1u << (bit + j) : 0u;
     }
     return mask;
   }
