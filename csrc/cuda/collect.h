@@ -174,6 +174,26 @@ struct Pass {
   }
 };
 
+// A thread's account of a list: its length, and for the thread's share of it the sum of the distances from the cut and
+// whether a score is NaN.
+template <class S>
+struct Found {
+  int32_t n;
+  S above_cut;
+  bool nan;
+
+  __device__ __forceinline__ void look_at(S score, S cut) { nan |= score != score, above_cut += score - cut; }
+};
+
+// Describes a team's list; a barrier of the team has to follow.
+template <int TEAM, class S>
+__device__ __forceinline__ void publish(const Found<S>& found, bool whole, Listed<S>& listed, int64_t* scratch) {
+  const S above_cut = Team<TEAM>::sum(found.above_cut, scratch);
+  const bool nan = Team<TEAM>::any(found.nan);
+  if (Team<TEAM>::rank() != 0) return;
+  listed.n = found.n, listed.above_cut = above_cut / (S)found.n, listed.nan = nan, listed.whole = whole;
+}
+
 // Goes on with a pass until the list is full or the row is over; a barrier, too. Scores are read again for the list:
 // they are in a cache.
 template <int TEAM, class T, class S>
@@ -183,35 +203,28 @@ __device__ void collect(const Row<T>& row, Mask<T>* bits, Progress& progress, Li
   Progress at = progress;
   const S cut = row.cut;
   Contender<S>* list = listed.at;
-  int n = 0;
-  S above = (S)0;
-  bool nan = false;
-  while (n < listed.capacity && !at.over()) {
+  Found<S> found{0, (S)0, false};
+  while (found.n < listed.capacity && !at.over()) {
     if (at.taken == at.hits) {
       pass.read_segment(at);
       at.taken = 0;
     }
     const int before = pass.hits_before(at, scratch, at.hits);
-    const int left = at.hits - at.taken, room = listed.capacity - n, wanted = left < room ? left : room;
+    const int left = at.hits - at.taken, room = listed.capacity - found.n, wanted = left < room ? left : room;
     if (!wanted) continue;
-    pass.list_hits(at, before - at.taken, wanted, list + n);
+    pass.list_hits(at, before - at.taken, wanted, list + found.n);
     at.taken += wanted;
     Threads::sync();
 #pragma unroll 1
-    for (int i = n + Threads::rank(); i < n + wanted; i += TEAM) {
+    for (int i = found.n + Threads::rank(); i < found.n + wanted; i += TEAM) {
       const S score = row.scores[list[i].class_id];
       list[i].score = score;
-      nan |= score != score, above += score - cut;
+      found.look_at(score, cut);
     }
-    n += wanted;
+    found.n += wanted;
   }
-  above = Threads::sum(above, scratch);
-  nan = Threads::any(nan);
-  if (Threads::rank() == 0) {
-    listed.whole = progress.tile < at.step && at.over();
-    listed.n = n, listed.above_cut = above / (S)n, listed.nan = nan;
-    progress = at;
-  }
+  publish<TEAM>(found, progress.tile < at.step && at.over(), listed, scratch);
+  if (Threads::rank() == 0) progress = at;
   Threads::sync();
 }
 

@@ -15,11 +15,6 @@
 namespace topk_fast {
 namespace {
 
-template <class T>
-__device__ __forceinline__ Scores<T> scores_of(const Search& p, int64_t n) {
-  return {(const T*)p.scores + n * p.row_stride, p.class_stride, p.n_classes};
-}
-
 // The cuts of rows that several blocks collect, a block a row.
 template <class T>
 __global__ void __launch_bounds__(kBlock, kResident) cut_kernel(const Args a) {

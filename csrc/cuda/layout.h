@@ -128,7 +128,7 @@ struct Listed {
   bool whole;   // whether they are all of the row's
 };
 
-// What a team knows. It lies in shared memory, so that it takes no registers: a thread reads what it needs.
+// The knowledge of a team. It lies in shared memory, so that it takes no registers: a thread reads what it needs.
 template <class T>
 struct State {
   using S = ArithmeticOf<T>;

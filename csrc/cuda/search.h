@@ -9,25 +9,18 @@ namespace {
 // The contenders that the parts of a row found into its team's list; a barrier, too.
 template <int TEAM, class T, class S>
 __device__ void gather(const Args& a, const Parts<S>& parts, State<T>& state) {
-  int n = 0;
-  S above = (S)0;
-  bool nan = false;
+  Found<S> found{0, (S)0, false};
   for (int part = 0; part < a.layout.parts; ++part) {
     const int count = parts.counts[part];
 #pragma unroll 1
     for (int i = Team<TEAM>::rank(); i < count; i += TEAM) {
       const Contender<S> c = parts.list[(int64_t)part * a.layout.part_capacity + i];
-      state.listed.at[n + i] = c;
-      nan |= c.score != c.score, above += c.score - state.row.cut;
+      state.listed.at[found.n + i] = c;
+      found.look_at(c.score, state.row.cut);
     }
-    n += count;
+    found.n += count;
   }
-  above = Team<TEAM>::sum(above, state.scratch);
-  nan = Team<TEAM>::any(nan);
-  if (Team<TEAM>::rank() == 0) {
-    state.listed.whole = true;
-    state.listed.n = n, state.listed.above_cut = above / (S)n, state.listed.nan = nan;
-  }
+  publish<TEAM>(found, true, state.listed, state.scratch);
   Team<TEAM>::sync();
 }
 
@@ -109,11 +102,16 @@ __device__ void write_ignored(const Search& p, int64_t n) {
 }
 
 template <class T>
+__device__ __forceinline__ Scores<T> scores_of(const Search& p, int64_t n) {
+  return {(const T*)p.scores + n * p.row_stride, p.class_stride, p.n_classes};
+}
+
+template <class T>
 __device__ Row<T> row_of(const Search& p, int64_t n) {
   const uint64_t seed = (uint64_t)*p.seed;
   const double epsilon = p.schedule ? *p.schedule : p.epsilon;
   Row<T> row{};
-  row.scores = {(const T*)p.scores + n * p.row_stride, p.class_stride, p.n_classes};
+  row.scores = scores_of<T>(p, n);
   row.cut = -infinity<ArithmeticOf<T>>();
   row.number = (uint32_t)(p.first_row + n), row.key0 = (uint32_t)seed, row.key1 = (uint32_t)(seed >> 32);
   row.first_class = (int32_t)p.first_class;
