@@ -37,10 +37,10 @@ test: build
 demo: build
 	$(PYTHON) examples/demo.py $(ARGS)
 
-# Seven losses on four data sets: hours, and it goes on where it was interrupted.
+# Which loss suits which data: hours, and it goes on where it was interrupted, also from the committed result.
 study: build
 	$(PYTHON) -m benchmarks.study $(ARGS)
-	$(PYTHON) -m benchmarks.study --collect benchmarks/results/study.json
+	$(PYTHON) -m benchmarks.study --collect
 	$(MAKE) tables
 
 # A quick look: micro-benchmarks and the goals; prints only. bench-full writes benchmarks/results, on an idle machine.

@@ -30,20 +30,6 @@ def bias_is_seen(q: dict, report: dict) -> bool:
     return q["bias_squared"] > 2 * (q["bias_squared_error"] + q["unit_variance"] / report["exact_samples"])
 
 
-def runs_of(report: dict, **wanted) -> list[dict]:
-    return [r for r in report["runs"] if all(r[key] == value for key, value in wanted.items())]
-
-
-def final_runs(report: dict, data: str) -> dict[str, list[dict]]:
-    """The runs on the test rows of a data set, by loss."""
-    return {loss: runs_of(report, stage="test", data=data, loss=loss) for loss in report["config"]["losses"]}
-
-
-def ablation_runs(report: dict, loss: str, key: str, value: float) -> list[dict]:
-    """The runs of a loss with one setting at `value`."""
-    return [r for r in runs_of(report, stage=f"ablation of {key}", loss=loss) if r["settings"][key] == value]
-
-
 def spread(runs: list[dict], metric: str) -> tuple[float, float]:
     """Mean and standard deviation over seeds, in percent (of a metric in [0, 1])."""
     values = [100 * r[metric] for r in runs]

@@ -5,9 +5,7 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 
-from benchmarks.committed import ablation_runs, bias_is_seen, digest, final_runs, median, result, spread
-from benchmarks.study import BALANCED, IMBALANCED
-from benchmarks.study.tables import SETTING_NAMES
+from benchmarks.committed import bias_is_seen, digest, median, result
 from benchmarks.style import COLOURS, GREY, MARKERS, save_svg
 
 FIRST = ("topk_fast", "cross-entropy", "pytopk")  # the losses that a reader looks for
@@ -75,45 +73,6 @@ def memory_length(figure) -> None:
     legend(axes)
 
 
-def study(figure) -> None:
-    report = result("study")
-    sets, losses = list(report["config"]["data"]), list(report["config"]["losses"])
-    for axes, data in zip(figure.subplots(1, len(sets), sharey=True), sets):
-        for place, runs in enumerate(reversed(final_runs(report, data).values())):
-            for shift, (metric, colour, marker) in enumerate(TOPS):
-                value, error = spread(runs, metric)
-                label = metric if place == 0 else None
-                at = place + 0.18 * (1 - shift)
-                axes.errorbar(
-                    value, at, xerr=error, color=colour, marker=marker, linestyle="none", capsize=2, label=label
-                )
-        axes.set_title(data, fontsize=9)
-        axes.set_xlabel("percent of test rows")
-        axes.set_yticks(range(len(losses)), list(reversed(losses)))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-
-
-def ablations(figure) -> None:
-    report = result("study")
-    keys = list(report["config"]["ablations"][IMBALANCED])
-    panels = figure.subplots(2, len(keys), sharey="row")
-    for row, loss in zip(panels, (BALANCED, IMBALANCED)):
-        for axes, key in zip(row, keys):
-            values = report["config"]["ablations"][loss].get(key)
-            if values is None:
-                axes.set_axis_off()
-                continue
-            for metric, colour, marker in (*TOPS, ("few", COLOURS[2], "D")):
-                found = [spread(ablation_runs(report, loss, key, value), metric) for value in values]
-                label = "few-shot top-5" if metric == "few" else metric
-                place = range(len(values))
-                axes.errorbar(place, *zip(*found), color=colour, marker=marker, capsize=2, label=label)
-            axes.set_xticks(place, [f"{v:g}" for v in values])
-            axes.set_xlabel(SETTING_NAMES[key])
-        row[0].set_ylabel(f"{'balanced' if loss == BALANCED else 'imbalanced'}: percent")
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-
-
 def gradient(figure) -> None:
     report = result("gradient")
     left, right = figure.subplots(1, 2)
@@ -158,8 +117,6 @@ PLOTS = {
     "time_length": (time_length, ("cpu",), (7.5, 4.2)),
     "time_samples_rank": (time_samples_rank, ("cpu",), (7.5, 3.6)),
     "memory_length": (memory_length, ("cpu",), (7.5, 3.2)),
-    "study": (study, ("study",), (10, 3.8)),
-    "ablations": (ablations, ("study",), (10, 5.2)),
     "gradient": (gradient, ("gradient",), (9, 4.2)),
     "language_model": (language_model, ("language_model",), (9, 3.8)),
 }

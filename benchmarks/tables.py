@@ -12,7 +12,6 @@ from statistics import mean, stdev
 from benchmarks import ROOT
 from benchmarks.committed import bias_is_seen, median, result
 from benchmarks.markdown import grid, where
-from benchmarks.study.tables import ablation_table, settings_table, study_data_table, study_full
 
 IMAGES = ROOT / "docs" / "img"
 PAGES = ("README.md", "docs/choosing.md", "docs/performance.md", "docs/study.md")
@@ -201,13 +200,6 @@ TABLES = {
     "peers": peers_table,
     "scores": scores_table,
     "linear": linear_table,
-    "data": study_data_table,
-    "species": study_full("species"),
-    "glyphs": study_full("glyphs"),
-    "noisy glyphs": study_full("noisy glyphs"),
-    "long-tailed glyphs": study_full("long-tailed glyphs"),
-    "settings": settings_table,
-    "ablation": ablation_table,
     "gradient": gradient_table,
     "language model": language_table,
     "model": model_table,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+if TYPE_CHECKING:
+    from tasks import Task
+
+TOPS = (1, 5, 10, 20)
+SHOTS = {"few": (1, 5), "medium": (5, 15), "many": (15, sys.maxsize)}  # training rows of a class, end excluded
 FEW = (20, 10)  # a class is rare, few-shot, if it has fewer training rows than this
 BINS = (1, 5, 10, 20, 50)  # the smallest number of training rows in each bin of the plot
 
@@ -54,6 +61,26 @@ def look_up(group: Tensor, known_group: Tensor, known_target: Tensor, n_classes:
     met = torch.isin(known_group, used)
     at = (torch.searchsorted(used, known_group[met]), known_target[met])
     return scores.index_put_(at, torch.ones(()), accumulate=True)[position]
+
+
+@torch.no_grad()
+def measure(model: nn.Module, task: Task, part: str) -> dict[str, float | None]:
+    """Top-k over the rows and over the classes (macro), and top-5 for classes with few, medium and many training rows.
+
+    A share that no row counts for is None.
+    """
+    rows, target = task.parts[part]
+    rank = torch.cat([ranks(model(task.inputs[r]), t) for r, t in zip(rows.split(1024), target.split(1024))])
+    shots, seen = task.count()[target], target.bincount(minlength=task.classes)
+    share = {f"top-{k}": (rank < k).double() for k in TOPS}
+    result = {name: hit.mean() for name, hit in share.items()}
+    for name in ("top-1", "top-5"):
+        hits = torch.zeros(task.classes, dtype=torch.double).index_add_(0, target, share[name])
+        result[f"macro {name}"] = (hits[seen > 0] / seen[seen > 0]).mean()
+    for name, (low, end) in SHOTS.items():
+        inside = (shots >= low) & (shots < end)
+        result[name] = share["top-5"][inside].mean() if inside.any() else None
+    return {name: None if value is None else round(float(value), 5) for name, value in result.items()}
 
 
 def ranks(scores: Tensor, target: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Runs the study, as config.json says. A study that is interrupted resumes where it stopped.
+"""Runs the study. A study that is interrupted resumes where it stopped, also from the committed result.
 
-Each loss gets the same number of trials. The trial that is best on the validation rows is trained again under other
-seeds and measured on the test rows.
+Each loss of a data set gets the same number of trials. The trial that is best on the validation rows is trained again
+under other seeds and measured on the test rows.
 
     python -m benchmarks.study                                # all of it, which takes hours; records in out/study
     python -m benchmarks.study --workers 4 --data species     # four processes of one thread each; one data set only
-    python -m benchmarks.study --collect benchmarks/results/study.json     # puts all that is on record into one file
+    python -m benchmarks.study --collect                      # puts all that is on record into results/study.json
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import ROOT
-from benchmarks.study.data import NAMES
-from benchmarks.study.jobs import collect, jobs, records
-from benchmarks.study.runs import data_set, run
+from benchmarks import RESULTS, ROOT
+from benchmarks.study.jobs import PLANS, collect, jobs, records
+from benchmarks.study.runs import run
 from examples.machine import stamp
+from examples.tasks import load
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.json"))
-    parser.add_argument("--data", choices=NAMES, nargs="+", default=NAMES)
+    parser.add_argument("--data", choices=list(PLANS), nargs="+", default=list(PLANS))
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--collect", type=Path, help="run nothing; put the records into this file")
+    parser.add_argument("--collect", action="store_true", help="run nothing; put the records into the result")
+    parser.add_argument("--result", type=Path, default=RESULTS / "study.json", help="the collected runs")
     parser.add_argument("--cache", type=Path, default=ROOT / "data", help="folder of downloaded and rendered data")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="folder of the records")
     return parser.parse_args()
@@ -41,23 +41,22 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    config = json.loads(args.config.read_text())
     if args.collect:
-        collect(config, args.out, args.cache, args.collect)
+        collect(args.out, args.cache, args.result)
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
     for name in args.data:
-        data_set(name, args.cache)  # downloaded and rendered once, before there are several processes
+        load(name, args.cache)  # downloaded and rendered once, before there are several processes
     origin = {key: value for key, value in stamp().items() if key != "command"}
     # Each start of the program writes a file of its own: no half-written line is ever appended to.
     path = args.out / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.workers, torch.set_num_threads, (1,)) as pool, path.open("w", buffering=1) as file:
         for name in args.data:
-            while left := jobs(config, name, records(args.out))[1]:
-                for record in tqdm(
-                    pool.imap_unordered(partial(run, cache=args.cache), left), name, total=len(left), unit="run"
-                ):
+            while left := jobs(name, records(args.out, args.result))[1]:
+                done = pool.imap_unordered(partial(run, cache=args.cache), left)
+                for record in tqdm(done, name, total=len(left), unit="run"):
                     file.write(json.dumps(record | origin) + "\n")
 
 
