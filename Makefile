@@ -43,15 +43,14 @@ study: build
 	$(PYTHON) -m benchmarks.study --collect
 	$(MAKE) tables
 
-# A quick look: micro-benchmarks and the goals; prints only. bench-full writes benchmarks/results, on an idle machine.
+# A quick look: the goals and the peers; prints only. bench-full writes benchmarks/results, on an idle machine.
 bench: build
-	$(PYTHON) -m pytest benchmarks/test_micro.py --benchmark-enable --benchmark-columns=min,median,iqr,rounds
-	$(PYTHON) -m benchmarks.loss $(ARGS)
+	$(PYTHON) -m benchmarks.loss --quick $(ARGS)
 
 # One commit for all of it: the first results make the tree dirty.
 bench-full: export COMMIT := $(shell git describe --always --dirty 2>/dev/null)
 bench-full: build data/species_logits.pt
-	$(PYTHON) -m benchmarks.loss --set full $(ARGS)
+	$(PYTHON) -m benchmarks.loss
 	$(PYTHON) -m benchmarks.linear
 	$(PYTHON) -m benchmarks.gradient
 	$(MAKE) tables

@@ -6,7 +6,7 @@ outcomes to $OUT/steps.json, and their results beside them, to gpu.json, model_g
 line that is printed names the steps that failed.
 
     make gpu                                   # builds, then runs this; 8 minutes at most
-    make gpu ARGS="--set quick"                # fewer cases
+    make gpu ARGS=--quick                      # fewer cases
     make gpu ARGS="--only tests memcheck"      # two of the steps
 """
 
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,13 +45,14 @@ class Step(NamedTuple):
     results: str = ""  # the file in $OUT; with it, a step that was cut short has not failed
 
 
-def steps(which: str) -> list[Step]:
+def steps(quick: bool) -> list[Step]:
     """The steps, the most informative for its time first; 480 seconds in all."""
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not host", "-rs"]
     pytest += ["-vv", "-o", "faulthandler_timeout=60"]  # The log names a test that hangs, and says where it does.
     # Compilation for the device takes most of the tests' time.
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    loss = [sys.executable, "-m", "benchmarks.loss", "--device", "cuda"]
+    few, on_gpu = ["--quick"] if quick else [], ["--device", "cuda"]
+    loss = [sys.executable, "-m", "benchmarks.loss", *on_gpu]
     counters = ["--metrics", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "--clock-control", "none"]
     profile = ["ncu", "--csv", *counters, "-k", "regex:search_kernel|gradient_kernel", *loss, "--once"]
     # Python packages probe the driver by calls that may fail; only what kernels do counts as an error here.
@@ -64,9 +65,9 @@ def steps(which: str) -> list[Step]:
         Step("tests", 150, [*pytest, *workers, *TESTS]),
         memcheck,
         racecheck,
-        Step("benchmark", 100, [*loss, "--set", which], results="gpu.json"),
+        Step("benchmark", 100, [*loss, *few], results="gpu.json"),
         Step("model", 20, [sys.executable, "-m", "benchmarks.model.measure"], results="model_gpu.json"),
-        Step("linear", 45, [sys.executable, "-m", "benchmarks.linear"], results="linear_gpu.json"),
+        Step("linear", 45, [sys.executable, "-m", "benchmarks.linear", *on_gpu, *few], results="linear_gpu.json"),
         Step("profile", 30, profile, optional=True),
         synccheck,
     ]
@@ -79,51 +80,35 @@ def summary(output: str) -> str:
     return "; ".join(found[-1] for found in lines if found)
 
 
-@contextmanager
-def heeding_interrupts():
-    """Lets the processes that start here be interrupted, which a shell's background job would not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler does not outlive exec
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def stop(process: subprocess.Popen):
-    """Interrupts a step, so that it can report, then kills it and the processes that it started."""
-    os.killpg(process.pid, signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(LAST_WORDS)
-    with suppress(ProcessLookupError):  # all of them have ended
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def run(step: Step, log, folder: Path, seconds: float) -> dict:
-    """Runs a step for at most ``seconds`` and returns its outcome.
+    """Runs a step for at most ``seconds``, with its output in ``log`` and its results in ``folder``; its outcome.
 
-    Its output goes to ``log``, its results to ``folder``.
+    A step that is cut short is interrupted, so that it can report, and killed with the processes that it started.
     """
     results = folder / step.results if step.results else None
     if results:
         results.unlink(missing_ok=True)  # of an earlier run
     print(f"\n== {step.name}: {' '.join(step.command)}", file=log, flush=True)
     begin, start = time.monotonic(), os.path.getsize(log.name)
-    ended = {"step": step.name, "optional": step.optional, "command": step.command, "summary": ""}
+    ended = {"step": step.name, "optional": step.optional, "command": step.command, "summary": "", "seconds": 0.0}
     if seconds <= 0:
-        return ended | {"outcome": "no time left", "seconds": 0.0}
+        return ended | {"outcome": "no time left"}
     if shutil.which(step.command[0]) is None:
-        return ended | {"outcome": f"{step.command[0]} is not installed", "seconds": 0.0}
+        return ended | {"outcome": f"{step.command[0]} is not installed"}
     place = {"cwd": ROOT, "env": os.environ | {"OUT": str(folder)}, "start_new_session": True}
-    with heeding_interrupts():
-        process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, **place)
+    process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, **place)
     try:
         code = process.wait(min(step.seconds, seconds))
         outcome = "passed" if code == 0 else f"failed with {code}"
     except subprocess.TimeoutExpired:
-        stop(process)
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS)
         outcome = "cut short, with results" if results and results.exists() else "cut short"
     finally:
-        if process.poll() is None:  # this run itself is interrupted
-            stop(process)
+        with suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     with open(log.name, errors="replace") as written:
         written.seek(start)
         words = summary(written.read())
@@ -137,6 +122,8 @@ def described(ended: dict) -> str:
 def run_all(todo: list[Step], folder: Path, seconds: float) -> list[str]:
     """Runs the steps, writes the outcomes after each, and returns the steps that failed, with their outcomes."""
     folder.mkdir(parents=True, exist_ok=True)
+    # A shell's background job ignores interrupts, and so would its steps; a handler does not outlive exec.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     end = time.monotonic() + seconds
     report = {"environment": environment("cuda" if torch.cuda.is_available() else "cpu"), "steps": []}
     with open(folder / "gpu.log", "w") as log:
@@ -145,6 +132,7 @@ def run_all(todo: list[Step], folder: Path, seconds: float) -> list[str]:
             report["steps"].append(ended)
             harness.write(folder / "steps.json", report)
             print(f"{step.name:10} {ended['seconds']:6.1f} s  {described(ended)}", flush=True)
+    signal.signal(signal.SIGINT, before)
     good = ("passed", "cut short, with results")
     return [
         f"{step['step']} ({described(step)})"
@@ -154,16 +142,16 @@ def run_all(todo: list[Step], folder: Path, seconds: float) -> list[str]:
 
 
 def main(argv: list[str] | None = None):
-    names = [step.name for step in steps("full")]
+    names = [step.name for step in steps(quick=False)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--set", choices=["quick", "full"], default="full", help="cases of the benchmark")
+    parser.add_argument("--quick", action="store_true", help="fewer cases of the benchmarks")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="run only these steps")
     parser.add_argument("--seconds", type=float, default=480, help="for all steps together; default 480")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("make gpu needs a GPU that torch.cuda sees")
     folder = Path(os.environ.get("OUT", ROOT / "out")).resolve()  # steps run in ROOT
-    todo = [step for step in steps(args.set) if step.name in args.only]
+    todo = [step for step in steps(args.quick) if step.name in args.only]
     if failed := run_all(todo, folder, args.seconds):
         raise SystemExit(f"failed: {', '.join(failed)}; {folder / 'gpu.log'} has their output")
     print("no step failed")

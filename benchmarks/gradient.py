@@ -1,74 +1,60 @@
-"""The quality of the gradient: variance and bias against B, the time that they cost beside pytopk, gradcheck's errors.
+"""The quality of the gradient under both laws of noise: variance and bias against B, and what they cost in time.
 
-The loss of one row is a random variable, and so is its gradient g. As B grows, g tends to [a > 0] (p - e_y), where
-a = 1 + E v - s_y, and p_j is the probability that class j is the (K+1)-th; both are estimated here from a million
-samples. For finite B, g is unbiased where the hinge is always active, and its variance, summed over the classes, is
-(1 - sum_j p_j^2) / B. Near a = 0 the mean over B decides whether the hinge is active, which biases g. Repetitions are
-equal rows with different noise.
+**Top-K losses.** The gradient g of a row's loss is random. As B grows, it tends to [a > 0] (p - e_y), where p_j is the
+probability that class j is the (K+1)-th, and a = 1 + E v - s_y; both are estimated here from a million samples. For
+finite B, g is unbiased where the hinge is always active, and its variance, summed over the classes, is
+(1 - sum_j p_j^2) / B. Near a = 0 the mean over B decides whether the hinge is active, which biases g.
 
-    python -m benchmarks.gradient            # results/gradient.json
-    python -m benchmarks.gradient --quick    # fewer samples; prints only
+**Sampled cross-entropy.** With p = softmax(s), g is unbiased and has the variance (1 - sum_j p_j^2) / B. The label of a
+calibrated model is a draw from p as well: it gives p - e_y, the gradient of cross-entropy, B times this variance. The
+samples then add 1 / B of the label's own variance; with labels of data that is the mean of |p - e_y|^2.
+
+    python -m benchmarks.gradient                       # results/gradient.json, and times in gradient_cpu.json
+    python -m benchmarks.gradient --no-times            # results/gradient.json, which needs no idle machine
+    python -m benchmarks.gradient --logits a.pt b.pt    # measures sampling on the logits of other models
+    python -m benchmarks.gradient --quick               # fewer samples; prints only
 """
 
-import argparse
 import itertools
-import math
+import json
+from pathlib import Path
 
-import pytopk
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.functional import one_hot
 
 from benchmarks import RESULTS, harness
+from benchmarks.cases import SPECIES, Case
+from benchmarks.harness import Effort, Entry
+from benchmarks.loss import EQUAL, list_candidates
 from examples.machine import environment
 from topk_fast import functional
 
 K, EPSILON = 5, 1.0
-SAMPLES = (1, 2, 5, 10, 20, 50, 100)
+SAMPLES, SAMPLED = (1, 2, 5, 10, 20, 50, 100), (1, 5, 16, 64)  # B of the top-K loss, and of the sampled cross-entropy
 LENGTH = 100
-ROWS = {"far": 4.0, "near": 0.3, "kink": 0.0}  # a of the three rows
-TIMED = [(128, 1000), (64, 10_000), (32, 100_000)]
+TRUE_SCORES = {"far": -0.67, "near": 3.1}  # of the two rows; their a is 4 and 0.3
+TIMED = [(32, 100_000), (64, 10_000), (128, 1000)]
 PYTOPK_ENTRIES = 2**28  # of noise; beyond them, a step of pytopk takes minutes and gigabytes
 EXACT, REPETITIONS = 1_000_000, 40_000
+CALIBRATED, DRAWS = 2048, 32  # rows with labels from the softmax; gradients of each row
 
 
-def make_row(length: int, true: float) -> tuple[Tensor, Tensor]:
-    """N(0, 1) scores [1, length], of which class 0 is the true class and has the score `true`."""
-    scores = torch.randn(1, length, generator=torch.Generator().manual_seed(0))
+def make_row(true: float) -> Tensor:
+    """N(0, 1) scores [1, LENGTH], of which class 0 is the true class and has the score `true`."""
+    scores = torch.randn(1, LENGTH, generator=torch.Generator().manual_seed(0))
     scores[0, 0] = true
-    return scores, torch.zeros(1, dtype=torch.long)
+    return scores
 
 
-def estimate_limit(scores: Tensor, samples: int, seed: int) -> tuple[Tensor, float, float]:
-    """p [L], E v and the standard deviation of v, estimated from `samples` samples of a row's noised top-(K+1)."""
+def estimate_limit(scores: Tensor, samples: int) -> tuple[Tensor, float]:
+    """p [L] and a, estimated from `samples` samples of a row's noised top-(K+1)."""
     rows, per_row = max(1, samples // 100), min(samples, 100)
     values, classes = functional.noised_topk_candidates(
-        scores.expand(rows, -1), K + 1, EPSILON, per_row, seed=seed, sampler="dense"
+        scores.expand(rows, -1), K + 1, EPSILON, per_row, seed=1, sampler="dense"
     )
-    v = values[..., -1].double().flatten()
-    p = classes[..., -1].flatten().bincount(minlength=scores.shape[1]).double() / v.numel()
-    return p, v.mean().item(), v.std().item()
-
-
-def find_true_score(activation: float, samples: int) -> float:
-    """The true class's score for which 1 + E v - s_y is `activation`.
-
-    Fixed-point steps converge, since v depends little on s_y.
-    """
-    true = 2.0
-    for _ in range(8):
-        true = 1 - activation + estimate_limit(make_row(LENGTH, true)[0], samples, seed=0)[1]
-    return true
-
-
-def draw_gradients(scores: Tensor, target: Tensor, n_sample: int, repetitions: int, seed: int) -> tuple[Tensor, float]:
-    """Gradients [repetitions, L] of one row's loss under independent noise, and the share of losses above 0."""
-    leaf = scores.repeat(repetitions, 1).requires_grad_()
-    loss = functional.bal_noised_topk_loss(
-        leaf, target.expand(repetitions), K, EPSILON, n_sample, seed=seed, reduction="none"
-    )
-    share = (loss > 0).double().mean().item()
-    return torch.autograd.grad(loss.sum(), leaf)[0].double(), share
+    p = classes[..., -1].flatten().bincount(minlength=LENGTH).double() / (rows * per_row)
+    return p, 1 + values[..., -1].double().mean().item() - scores[0, 0].item()
 
 
 def estimate_moments(g: Tensor, limit: Tensor, excess: float) -> dict:
@@ -77,66 +63,78 @@ def estimate_moments(g: Tensor, limit: Tensor, excess: float) -> dict:
     excess: the share of that squared length which comes from the error of `limit` itself.
     """
     centred = g - g.mean(0)
-    lengths = centred.square().sum(1)
-    variance = lengths.sum().item() / (len(g) - 1)
     # On average, |mean g - limit|^2 exceeds the bias's square by variance / repetitions. The halves are independent, so
     # the product of their deviations does not.
     halves = [half.mean(0) - limit for half in g.chunk(2)]
-    product = torch.dot(*halves).item() - excess
     covariance, bias = centred.T @ centred / (len(g) - 1), g.mean(0) - limit
     error = 4 * (covariance.square().sum() / len(g) ** 2 + bias @ covariance @ bias / len(g))
-    return {"variance": variance, "bias_squared": product, "bias_squared_error": error.item() ** 0.5}
+    found = {"variance": covariance.trace().item(), "bias_squared": torch.dot(*halves).item() - excess}
+    return found | {"bias_squared_error": error.item() ** 0.5}
 
 
 def measure_quality(samples: int, repetitions: int) -> list[dict]:
-    """Variance and bias of the gradient for each row and B."""
+    """Variance and bias of the top-K loss's gradient for each row and B; repetitions are equal rows."""
     out = []
-    for name, wanted in ROWS.items():
-        scores, target = make_row(LENGTH, find_true_score(wanted, samples))
-        p, value, deviation = estimate_limit(scores, samples, seed=1)
-        activation, error = 1 + value - scores[0, 0].item(), deviation / samples**0.5
-        # At the kink the activation has no sign; for large B the gradient tends to the mean of both sides.
-        active = float(activation > 0) if wanted else 0.5
-        side = p - torch.eye(LENGTH, dtype=torch.double)[0]
-        unit = 1 - p.square().sum().item()
-        case = {"row": name, "activation": activation, "activation_error": error, "unit_variance": unit}
+    for name, true in TRUE_SCORES.items():
+        scores = make_row(true)
+        p, activation = estimate_limit(scores, samples)
+        limit, unit = p - torch.eye(LENGTH, dtype=torch.double)[0], 1 - p.square().sum().item()
         for seed, n_sample in enumerate(SAMPLES, 2):
-            g, share = draw_gradients(scores, target, n_sample, repetitions, seed)
-            found = estimate_moments(g, active * side, active**2 * unit / samples)
-            # The error of a moves the share of active hinges; their argument is nearly normal.
-            width = deviation / n_sample**0.5
-            moved = error * math.exp(-0.5 * (activation / width) ** 2) / (width * (2 * math.pi) ** 0.5)
-            found["bias_squared_error"] += moved**2 * side.square().sum().item()
-            out.append(case | {"n_sample": n_sample, "open": share} | found)
+            leaf, target = scores.repeat(repetitions, 1).requires_grad_(), torch.zeros(repetitions, dtype=torch.long)
+            loss = functional.bal_noised_topk_loss(leaf, target, K, EPSILON, n_sample, seed=seed, reduction="none")
+            g = torch.autograd.grad(loss.sum(), leaf)[0].double()
+            case = {"row": name, "activation": activation, "unit_variance": unit, "n_sample": n_sample}
+            case["open"] = (loss > 0).double().mean().item()
+            out.append(case | estimate_moments(g, limit, unit / samples))
     return out
 
 
-def measure_steps(n: int, length: int, repeats: int, seconds: float) -> list[dict]:
-    """The mean variance of a row's gradient and the time of a step for each B, with topk_fast and with pytopk."""
-    scores, target = harness.make_scores("normal", n, length, "float32", "cpu")
-    losses = {}
-    for b in SAMPLES:
-        losses["topk_fast", b] = lambda s, t, b=b: functional.bal_noised_topk_loss(s, t, K, EPSILON, b)
-        if n * length * b <= PYTOPK_ENTRIES:
-            losses["pytopk", b] = pytopk.BalNoisedTopK(K, EPSILON, b)
-    for b in SAMPLES:
-        harness.gate({name: f for (name, at), f in losses.items() if at == b}, scores, target, K, b, EPSILON)
-    steps = {key: [lambda f=f: harness.take_step(f, scores, target)] for key, f in losses.items()}
-    samples, _ = harness.sample_in_turn(steps, "cpu", repeats, seconds)
-    out = []
-    for (name, b), times in samples.items():
-        variance = torch.stack([_take_gradients(losses[name, b], scores, target) for _ in range(8)]).var(0).sum(1)
-        out.append(
-            {"N": n, "L": length, "loss": name, "n_sample": b, "variance": variance.mean().item()}
-            | {"ms": harness.compute_quartiles([t[0] for t in times])}
-        )
+def measure_sampling(name: str, logits: Tensor, target: Tensor, draws: int) -> dict:
+    """The variance of cross-entropy's gradient in a row that its label has, and what B samples add, by B.
+
+    `model_variance` is that of a label from the model, `label_variance` that of the labels given.
+    """
+    p = logits.double().softmax(1)
+    exact = p - one_hot(target, logits.shape[1])
+    out = {"logits": name, "rows": len(logits), "L": logits.shape[1]}
+    out |= summarize("model_variance", 1 - p.square().sum(1)) | summarize("label_variance", exact.square().sum(1))
+    out["samples"] = []
+    for n_sample in SAMPLED:
+        variance, bias = [], []
+        for rows in torch.arange(len(logits)).split(max(1, 2**20 // logits.shape[1])):
+            g = torch.stack([draw_gradient(logits[rows], target[rows], n_sample) for _ in range(draws)])
+            variance.append(g.var(0).sum(1))
+            halves = [half.mean(0) - exact[rows] for half in g.chunk(2)]
+            bias.append((halves[0] * halves[1]).sum(1))  # The halves are independent: there is no variance in it.
+        found = summarize("variance", torch.cat(variance)) | summarize("bias_squared", torch.cat(bias))
+        out["samples"].append({"n_sample": n_sample} | found)
     return out
 
 
-def _take_gradients(loss, scores: Tensor, target: Tensor) -> Tensor:
-    """The gradient of each row's own loss, from one step."""
-    harness.take_step(loss, scores, target)
-    return scores.grad.double() * len(target)
+def draw_gradient(logits: Tensor, target: Tensor, n_sample: int) -> Tensor:
+    leaf = logits.float().requires_grad_()
+    functional.sampled_cross_entropy(leaf, target, n_sample, reduction="sum").backward()
+    return leaf.grad
+
+
+def summarize(name: str, values: Tensor) -> dict[str, float]:
+    """The mean over rows, and its standard error."""
+    return {name: values.mean().item(), f"{name}_error": (values.std() / len(values) ** 0.5).item()}
+
+
+def measure_models(files: list[Path], rows: int, draws: int) -> list[dict]:
+    """Sampling on logits whose labels are drawn from the softmax, and on saved logits with labels of data.
+
+    A file is a .pt with a dictionary: "logits" [N, L], of a floating-point dtype, and "target" [N], int64.
+    """
+    torch.manual_seed(0)
+    logits = torch.randn(rows, LENGTH)
+    labels = logits.softmax(1).multinomial(1)[:, 0]
+    found = [measure_sampling("N(0, 1), labels from the softmax", logits, labels, draws)]
+    for file in files:
+        saved = torch.load(file, weights_only=True)
+        found.append(measure_sampling(file.stem, saved["logits"], saved["target"], draws))
+    return found
 
 
 def compare_differences(length: int = 300, n: int = 12) -> list[dict]:
@@ -145,23 +143,23 @@ def compare_differences(length: int = 300, n: int = 12) -> list[dict]:
     scores = torch.randn(n, length, generator=generator, dtype=torch.double)
     target = torch.randint(length, (n,), generator=generator)
     margins = 0.3 * torch.rand(length, generator=generator)
-    out = []
-    options = itertools.product(("balanced", "imbalanced"), (1, 5), (3, 10), (0.0, 0.3, 3.0), ("thinned", "dense"))
+    out, h = [], 1e-6
+    options = [*itertools.product(("balanced", "imbalanced"), (1, 5), (3, 10), (0.0, 0.3, 3.0), ("thinned", "dense"))]
+    options += itertools.product(("sampled cross-entropy",), (0,), (3, 16), (1.0,), ("thinned", "dense"))
     for kind, k, n_sample, epsilon, sampler in options:
-        common = dict(epsilon=epsilon, n_sample=n_sample, seed=3, reduction="none", sampler=sampler)
+        common = dict(n_sample=n_sample, seed=3, reduction="none", sampler=sampler)
 
-        def loss(s, kind=kind, k=k, common=common):
+        def loss(s, kind=kind, k=k, epsilon=epsilon, common=common):
             if kind == "balanced":
-                return functional.bal_noised_topk_loss(s, target, k, **common)
-            return functional.imbal_noised_topk_loss(s, target, k, margins, scale=10.0, **common)
+                return functional.bal_noised_topk_loss(s, target, k, epsilon, **common)
+            if kind == "imbalanced":
+                return functional.imbal_noised_topk_loss(s, target, k, margins, epsilon=epsilon, scale=10.0, **common)
+            return functional.sampled_cross_entropy(s, target, **common)
 
         leaf = scores.clone().requires_grad_()
         analytic = torch.autograd.grad(loss(leaf).sum(), leaf)[0]
-        h, numeric = 1e-6, torch.zeros_like(scores)
-        for j in range(length):
-            shift = torch.zeros(length, dtype=torch.double)
-            shift[j] = h
-            numeric[:, j] = (loss(scores + shift) - loss(scores - shift)) / (2 * h)
+        shifts = h * torch.eye(length, dtype=torch.double)
+        numeric = torch.stack([(loss(scores + shift) - loss(scores - shift)) / (2 * h) for shift in shifts], 1)
         out.append(
             {"loss": kind, "k": k, "n_sample": n_sample, "epsilon": epsilon, "sampler": sampler, "L": length, "h": h}
             | {"largest_entry": analytic.abs().max().item(), "largest_error": (analytic - numeric).abs().max().item()}
@@ -170,24 +168,49 @@ def compare_differences(length: int = 300, n: int = 12) -> list[dict]:
     return out
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a hundredth of the samples, the first shape; prints only")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    share = 100 if arguments.quick else 1
+def list_entries(quick: bool) -> list[Entry]:
+    """Steps whose times and variances are compared."""
+    out = []
+    for (n, length), b in itertools.product(TIMED[-1:] if quick else TIMED, SAMPLES):
+        names = ("topk_fast", EQUAL, *["pytopk"] * (n * length * b <= PYTOPK_ENTRIES))
+        out.append(Entry("gradient", Case(n, length, K, b, EPSILON), names))
+    return out
+
+
+def measure_variance(name: str, case: Case) -> float:
+    """The variance of the gradient of a row's own loss, summed over the classes; the mean over rows."""
+    batch = case.make_batch("cpu")
+    step, gradients = harness.Step(list_candidates("cpu")[name], case, batch, "cpu"), []
+    for _ in range(8):
+        step.run()
+        gradients.append(batch.leaves[0].grad.double() * case.N)
+    return torch.stack(gradients).var(0).sum(1).mean().item()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = harness.make_parser(__doc__)
+    parser.add_argument("--no-times", action="store_true", help="the statistics only")
+    parser.add_argument("--logits", type=Path, nargs="*", default=[SPECIES], help="saved logits; default %(default)s")
+    args = parser.parse_args(argv)
+    times, path = harness.begin(args, "gradient_")
+    share = 100 if args.quick else 1
     report = {"environment": environment("cpu"), "k": K, "epsilon": EPSILON, "L": LENGTH}
     report |= {"exact_samples": EXACT // share, "repetitions": REPETITIONS // share}
     report["gradcheck"] = compare_differences()
     report["quality"] = measure_quality(EXACT // share, REPETITIONS // share)
-    report["second"] = []
-    for shape in tqdm(TIMED[:1] if arguments.quick else TIMED, unit="shape"):
-        report["second"] += measure_steps(*shape, *((3, 0.2) if arguments.quick else (15, 4.0)))
-    if arguments.quick:
-        for part in ("gradcheck", "quality", "second"):
-            print(*report[part], sep="\n")
+    report["draws"] = DRAWS // 8 if args.quick else DRAWS
+    report["sampling"] = measure_models(args.logits, CALIBRATED // share, report["draws"])
+    if args.quick:
+        print(json.dumps(report, indent=1))
     else:
         harness.write(RESULTS / "gradient.json", report)
+    if not args.no_times:
+        effort = Effort(3, 0.2) if args.quick else Effort(15, 4.0)
+        harness.measure(list_entries(args.quick), list_candidates, "cpu", effort, times, path)
+        for entry, result in zip(list_entries(args.quick), times["cases"]):
+            result["variance"] = {name: measure_variance(name, entry.case) for name in result["ms"]}
+        if path is not None:
+            harness.write(path, times)
 
 
 if __name__ == "__main__":

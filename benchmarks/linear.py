@@ -1,31 +1,22 @@
 """Linear layer + loss of many classes against linear + cross-entropy: time of each pass, and peak extra memory.
 
-harness.py describes how candidates are timed. The peers are:
+The peers are ``F.cross_entropy(F.linear(x, weight), y)``, the plain form; torch's linear_cross_entropy, in its chunked
+form, where this torch has one; and on a GPU Liger-Kernel's fused linear cross-entropy and cut-cross-entropy, where they
+are installed. The optimizer's step is Adam on a dense gradient and SparseAdam on a sparse one; both are torch's.
 
-* linear + cross-entropy: ``F.cross_entropy(F.linear(x, weight), y)``, the plain form;
-* torch's linear_cross_entropy, in its chunked form, where this torch has one;
-* Liger-Kernel's fused linear cross-entropy and cut-cross-entropy, on a GPU, where they are installed.
-
-The optimizer's step is Adam on a dense gradient and SparseAdam on a sparse one; both are torch's. Before anything is
-timed, the losses of the linear form are compared with those of its logits, bit for bit, and its gradients with
-autograd's.
-
-    python -m benchmarks.linear             # writes results/linear_cpu.json or, on a GPU, $OUT/linear_gpu.json
-    python -m benchmarks.linear --quick     # fewer repeats, prints only
+    python -m benchmarks.linear                    # writes results/linear_cpu.json
+    python -m benchmarks.linear --quick            # fewer samples, the first case; prints only
+    python -m benchmarks.linear --device cuda      # writes $OUT/linear_gpu.json (out/ by default)
 """
 
-import argparse
-import importlib.util
-import math
-import os
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import RESULTS, ROOT, harness, memory
-from examples.machine import environment
+from benchmarks import harness
+from benchmarks.harness import Batch, Candidate, Effort, Entry
 from topk_fast.functional import (
     linear_noised_topk_loss,
     linear_sampled_cross_entropy,
@@ -33,165 +24,111 @@ from topk_fast.functional import (
     sampled_cross_entropy,
 )
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-CASES = (
-    [
-        dict(N=8192, D=1024, L=131_072, dtype="bfloat16"),
-        dict(N=8192, D=1024, L=1_000_000, dtype="bfloat16"),
-        dict(N=8192, D=1024, L=131_072, dtype="float32"),
-    ]
-    if ON_GPU
-    else [dict(N=256, D=128, L=100_000, dtype="float32"), dict(N=256, D=128, L=1_000_000, dtype="float32")]
-)
-CASE_SECONDS = 8 if ON_GPU else math.inf  # for the samples of a case; make gpu has little time for its three cases
 PLAIN, SPARSE = "linear + cross-entropy", ", sparse_grad"
-SEARCH = {  # of our losses, by name
-    "sampled cross-entropy": dict(n_sample=16),
-    "noised top-5": dict(k=5, epsilon=1.0, n_sample=5),
+OWN = {f"sampled cross-entropy, B = {b}": partial(linear_sampled_cross_entropy, n_sample=b) for b in (1, 5, 16, 64)} | {
+    "noised top-5, B = 5": partial(linear_noised_topk_loss, k=5, epsilon=1.0, n_sample=5)
 }
-LINEAR = {"sampled cross-entropy": linear_sampled_cross_entropy, "noised top-5": linear_noised_topk_loss}
-ON_LOGITS = {"sampled cross-entropy": sampled_cross_entropy, "noised top-5": noised_topk_loss}
+CHECKED = {  # of our losses, the form on logits
+    "sampled cross-entropy, B = 16": sampled_cross_entropy,
+    "noised top-5, B = 5": noised_topk_loss,
+}
+# By device; `make gpu` has little time for its cases.
+EFFORT = {"cpu": Effort(20, 30), "cuda": Effort(30, 1)}
 
 
-def list_candidates() -> dict:
-    """Losses of (x, weight, y) by name, as far as they are installed."""
-    out = {PLAIN: lambda x, weight, y: F.cross_entropy(F.linear(x, weight), y)}
-    for name, loss in LINEAR.items():
-        out[name] = partial(loss, **SEARCH[name])
-        out[name + SPARSE] = partial(loss, sparse_grad=True, **SEARCH[name])
+class Case(NamedTuple):
+    """Features [N, D] and a weight [L, D]."""
+
+    N: int
+    D: int
+    L: int
+    dtype: str = "float32"
+
+    def make_batch(self, device: str, exact: bool = False) -> Batch:
+        """Features, weight and target, whose logits have standard deviation 1.
+
+        With ``exact``, features and weight are small integers, whose matmul needs no rounding.
+        """
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn(self.N, self.D, generator=generator, device=device)
+        weight = torch.randn(self.L, self.D, generator=generator, device=device) / (2 if exact else self.D**0.5)
+        if exact:
+            x, weight = x.round(), weight.round()
+        x, weight = (t.to(getattr(torch, self.dtype)).requires_grad_() for t in (x, weight))
+        optimizers = torch.optim.Adam([weight], lr=1e-6), torch.optim.SparseAdam([weight], lr=1e-6)
+        return Batch((x, weight), torch.randint(self.L, (self.N,), generator=generator, device=device), optimizers)
+
+    def shrink(self) -> "Case":
+        return self._replace(N=4, D=16, L=300)
+
+    def check(self, names: tuple[str, ...], device: str) -> None:
+        """The gate: the linear form has its logits' losses, bit for bit, and their gradients to a few roundings.
+
+        Raises:
+            SystemExit: if it has not.
+        """
+        (x, weight), y, _ = self._replace(N=16).make_batch(device, exact=True)
+        for name, on_logits in CHECKED.items():
+            loss, common = OWN[name].func, OWN[name].keywords | dict(seed=1, sampler="dense", reduction="none")
+            results = []
+            for value in (
+                loss(x, weight, y, chunk_size=self.L // 3, **common),
+                on_logits(F.linear(x, weight), y, **common),
+            ):
+                results.append((value.detach(), *torch.autograd.grad(value.sum(), (x, weight))))
+            (value, *grads), (expected, *wanted) = results
+            eps = torch.finfo(x.dtype).eps
+            close = all((a - b).abs().max() <= 8 * eps * b.abs().max() for a, b in zip(grads, wanted))
+            if not (torch.equal(value, expected) and close):
+                raise SystemExit(f"{name}: linear and plain form disagree at {self}: nothing was timed")
+
+
+def list_entries(quick: bool, device: str) -> list[Entry]:
+    if device == "cuda":
+        cases = [Case(8192, 1024, length, "bfloat16") for length in (131_072, 1_000_000)]
+        cases.append(Case(8192, 1024, 131_072))
+    else:
+        cases = [Case(256, 128, length) for length in (100_000, 1_000_000)]
+    names = tuple(list_candidates(device))
+    return [Entry("linear", case, names, names) for case in (cases[:1] if quick else cases)]
+
+
+def list_candidates(device: str) -> dict[str, Candidate]:
+    """The losses of (x, weight, y) by name."""
+    out = {PLAIN: Candidate(lambda c: lambda x, weight, y: F.cross_entropy(F.linear(x, weight), y))}
+    for name, loss in OWN.items():
+        out[name] = Candidate(lambda c, loss=loss: loss, own=True)
+        if name == "sampled cross-entropy, B = 16":
+            loss = partial(loss, sparse_grad=True)
+            out[name + SPARSE] = Candidate(lambda c, loss=loss: loss, own=True, sparse=True)
     if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()
-        out["torch's linear_cross_entropy"] = lambda x, weight, y: F.linear_cross_entropy(x, weight, y, options=options)
-    if ON_GPU and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss()
-        out["Liger-Kernel"] = lambda x, weight, y: liger(weight, x, y)
-    if ON_GPU and importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        out["cut-cross-entropy"] = linear_cross_entropy
+        chunked = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+        out["torch's linear_cross_entropy"] = Candidate(lambda c: chunked)
+    if device == "cuda":
+        out["Liger-Kernel"] = Candidate(make_liger)
+        out["cut-cross-entropy"] = Candidate(make_cut)
     return out
 
 
-def make_batch(N, D, L, dtype, exact=False):
-    """Features, weight and target, whose logits have standard deviation 1.
+def make_liger(case: Case):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    With ``exact``, features and weight are small integers, whose matmul needs no rounding.
-    """
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    x = torch.randn(N, D, generator=generator, device=DEVICE)
-    weight = torch.randn(L, D, generator=generator, device=DEVICE) / (2 if exact else D**0.5)
-    if exact:
-        x, weight = x.round(), weight.round()
-    leaves = [t.to(getattr(torch, dtype)).requires_grad_() for t in (x, weight)]
-    return *leaves, torch.randint(L, (N,), generator=generator, device=DEVICE)
+    liger = LigerFusedLinearCrossEntropyLoss()
+    return lambda x, weight, y: liger(weight, x, y)
 
 
-def check_equality(N, D, L, dtype):
-    """Raises unless the linear form has its logits' losses, bit for bit, and their gradients to a few roundings."""
-    x, weight, y = make_batch(16, D, L, dtype, exact=True)
-    for name, search in SEARCH.items():
-        common = search | dict(seed=1, sampler="dense", reduction="none")
-        results = []
-        for loss in (
-            LINEAR[name](x, weight, y, chunk_size=L // 3, **common),
-            ON_LOGITS[name](F.linear(x, weight), y, **common),
-        ):
-            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (x, weight))))
-        (loss, *grads), (expected, *wanted) = results
-        eps = torch.finfo(x.dtype).eps
-        close = all((a - b).abs().max() <= 8 * eps * b.abs().max() for a, b in zip(grads, wanted))
-        if not (torch.equal(loss, expected) and close):
-            raise SystemExit(f"{name}: linear and plain form disagree at {(N, D, L, dtype)}: nothing was timed")
+def make_cut(case: Case):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy
 
 
-class Step:
-    """Forward, backward and the optimizer's step of one candidate, each a pass of its own."""
-
-    def __init__(self, name, x, weight, y, optimizer=None):
-        self.loss_of, self.x, self.weight, self.y = list_candidates()[name], x, weight, y
-        self.optimizer, self.loss = optimizer, None
-
-    def forward(self):
-        self.x.grad = self.weight.grad = None
-        self.loss = self.loss_of(self.x, self.weight, self.y)
-
-    def backward(self):
-        self.loss.backward()
-
-    def update(self):
-        self.optimizer.step()
-
-    def drop(self):
-        """Releases the tensors of a pass that failed."""
-        self.x.grad = self.weight.grad = self.loss = None
-
-
-def measure(case, repeats: int) -> dict:
-    """Quartiles of the milliseconds of each candidate's passes, or "out of memory"."""
-    x, weight, y = make_batch(**case)
-    dense, sparse = torch.optim.Adam([weight], lr=1e-6), torch.optim.SparseAdam([weight], lr=1e-6)
-    steps = {name: Step(name, x, weight, y, sparse if name.endswith(SPARSE) else dense) for name in list_candidates()}
-    passes = {name: [step.forward, step.backward, step.update] for name, step in steps.items()}
-    fitting = {}
-    for name, step in steps.items():
-        if memory.attempt(harness.time_passes, passes[name], DEVICE)[1] is None:  # the first run warms up and compiles
-            fitting[name] = passes[name]
-        step.drop()
-    samples, _ = harness.sample_in_turn(fitting, DEVICE, repeats, case_seconds=CASE_SECONDS)
-    out = dict.fromkeys(passes, "out of memory")
-    for name, rows in samples.items():
-        forward, backward, update = zip(*rows)
-        both = [a + b for a, b in zip(forward, backward)]
-        series = dict(forward=forward, backward=backward, both=both, optimizer=update)
-        out[name] = {part: harness.compute_quartiles(values) for part, values in series.items()}
-    return out
-
-
-def make_step(name, case, small):
-    step = Step(name, *make_batch(**(case | dict(N=4, D=16, L=300) if small else case)))
-
-    def run():
-        step.forward()
-        step.backward()
-
-    return run
-
-
-def describe(result: dict) -> str:
-    """A result as text."""
-    rows = ["N, D, L = {N}, {D}, {L}, {dtype}".format(**result)]
-    for name, ms in result["ms"].items():
-        if not isinstance(ms, dict):
-            rows.append(f"  {name}: {ms}")
-            continue
-        parts = ", ".join(f"{part} {value['median']:.4g} ms" for part, value in ms.items())
-        rows.append(f"  {name}: {parts}, peak {result['peak_bytes'][name] / 2**20:.0f} MiB")
-    return "\n".join(rows)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, only the first case; prints only")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    path = Path(os.environ.get("OUT", ROOT / "out")) / "linear_gpu.json"
-    if not ON_GPU:
-        memory.limit()
-        path = RESULTS / "linear_cpu.json"
-    report = {"environment": environment(DEVICE), "search": SEARCH, "cases": []}
-    for case in harness.tqdm(CASES[:1] if arguments.quick else CASES, unit="case"):
-        check_equality(**case)
-        repeats = 3 if arguments.quick else 30 if ON_GPU else max(5, 2_000_000 // case["L"])
-        ms = measure(case, repeats)
-        measured = [name for name in ms if isinstance(ms[name], dict)]
-        peaks = {name: memory.measure_peak(make_step, name, case, device=DEVICE) for name in measured}
-        report["cases"].append(case | {"ms": ms, "peak_bytes": peaks})
-        if not arguments.quick:
-            harness.write(path, report)
-        harness.tqdm.write(describe(report["cases"][-1]))
+def main(argv: list[str] | None = None) -> None:
+    args = harness.make_parser(__doc__).parse_args(argv)
+    report, path = harness.begin(args, "linear_")
+    todo = list_entries(args.quick, args.device)
+    effort = Effort(3) if args.quick else EFFORT[args.device]
+    harness.measure(todo, list_candidates, args.device, effort, report, path)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,22 @@ from statistics import mean
 from matplotlib.axes import Axes
 
 from benchmarks.committed import bias_is_seen, digest, median, result
+from benchmarks.loss import BASIC, CURVES, EQUAL
 from benchmarks.style import COLOURS, GREY, MARKERS, save_svg
 
-FIRST = ("topk_fast", "cross-entropy", "pytopk")  # the losses that a reader looks for
 TOPS = (("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"))
 
 
 def look() -> dict[str, dict]:
     """A colour, a marker and a line of each loss, the same in all plots."""
-    names = dict.fromkeys(name for case in result("cpu")["cases"] for name in case["ms"])
-    known = [*FIRST, *(name for name in names if name not in FIRST)]
     return {
         name: {
             "color": COLOURS[i % len(COLOURS)],
             "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": ("-", "--", ":")[i // len(COLOURS)],
             "linewidth": 2.4 if name == "topk_fast" else 1.3,
-            "zorder": 3 if name in FIRST else 2,
+            "zorder": 3 if name in BASIC else 2,
         }
-        for i, name in enumerate(known)
+        for i, name in enumerate((*CURVES, EQUAL))
     }
 
 
@@ -74,7 +71,7 @@ def memory_length(figure) -> None:
 
 
 def gradient(figure) -> None:
-    report = result("gradient")
+    report, times = result("gradient"), result("gradient_cpu")
     left, right = figure.subplots(1, 2)
     for name, colour, marker in zip(dict.fromkeys(q["row"] for q in report["quality"]), COLOURS, MARKERS):
         points = [q for q in report["quality"] if q["row"] == name]
@@ -87,12 +84,12 @@ def gradient(figure) -> None:
     left.plot(b, [points[0]["unit_variance"] / x for x in b], color=GREY, linewidth=0.8, label="(1 - Σ p²) / B")
     left.set(xscale="log", yscale="log", xlabel="samples B", ylabel="of one row's gradient")
     left.legend(fontsize=8)
-    for shape, colour in zip(dict.fromkeys((s["N"], s["L"]) for s in report["second"]), COLOURS):
-        for loss, line, marker in (("topk_fast", "-", "o"), ("pytopk", ":", "D")):
-            points = [s for s in report["second"] if (s["N"], s["L"], s["loss"]) == (*shape, loss)]
-            times, variances = [s["ms"]["median"] for s in points], [s["variance"] for s in points]
-            label = f"{loss}, N, L = {shape[0]}, {shape[1]}"
-            right.plot(times, variances, color=colour, linestyle=line, marker=marker, label=label)
+    for shape, colour in zip(dict.fromkeys((c["N"], c["L"]) for c in times["cases"]), COLOURS):
+        cases = [c for c in times["cases"] if (c["N"], c["L"]) == shape]
+        for loss, line, marker in (("topk_fast", "-", "o"), (EQUAL, "--", "s"), ("pytopk", ":", "D")):
+            if points := [(median(c, loss), c["variance"][loss]) for c in cases if loss in c["ms"]]:
+                label = f"{loss}, N, L = {shape[0]}, {shape[1]}"
+                right.plot(*zip(*points), color=colour, linestyle=line, marker=marker, label=label)
     right.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="variance of a row's gradient")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=7)
 
@@ -117,7 +114,7 @@ PLOTS = {
     "time_length": (time_length, ("cpu",), (7.5, 4.2)),
     "time_samples_rank": (time_samples_rank, ("cpu",), (7.5, 3.6)),
     "memory_length": (memory_length, ("cpu",), (7.5, 3.2)),
-    "gradient": (gradient, ("gradient",), (9, 4.2)),
+    "gradient": (gradient, ("gradient", "gradient_cpu"), (9, 4.2)),
     "language_model": (language_model, ("language_model",), (9, 3.8)),
 }
 

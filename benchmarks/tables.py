@@ -1,7 +1,8 @@
 """Every table and plot of README.md and docs/, from the committed JSON of benchmarks/results.
 
 A table stands between the marks ``<!-- NAME table -->`` and ``<!-- end -->`` of a page, a plot in docs/img. Each plot
-names in its metadata the digest of the results that it was made from, so that a test can tell a stale plot.
+names in its metadata the digest of the results that it was made from, so that a test can tell a stale plot. Columns and
+rows whose figures have not been measured are left out.
 
     python -m benchmarks.tables            # or: make tables
 """
@@ -15,130 +16,165 @@ from benchmarks.markdown import grid, where
 
 IMAGES = ROOT / "docs" / "img"
 PAGES = ("README.md", "docs/choosing.md", "docs/performance.md", "docs/study.md")
+LOSSES = ("topk_fast", "sampled cross-entropy", "cross-entropy", "pytopk")
 PLAIN = "linear + cross-entropy"
 # Of the sampled cross-entropy's time and memory to PLAIN, at L = 100 000; with sparse_grad the second of each.
 LINEAR_GOALS = {"time": (0.4, 0.35), "memory": (0.25, 0.1)}
+MISSING = "`make bench-full` measures these figures; they have not been measured yet."
 
 
 def ms(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
+def show(head: list[str], rows: list[list[str]], note: str, report: dict) -> str:
+    """A table, and below it what it has and what it was measured with."""
+    return f"{grid(head, rows)}\n\n{note} {where(report['environment'])}"
+
+
+def cases_of(report: dict, group: str) -> list[dict]:
+    """The cases of a group, those with many classes first."""
+    return sorted((c for c in report["cases"] if c["group"] == group), key=lambda c: -c["L"])
+
+
+def measured(cases: list[dict], names: tuple[str, ...] = LOSSES) -> list[str]:
+    return [name for name in names if all(name in c["ms"] for c in cases)]
+
+
+def time_and_ratio(case: dict, name: str, base: str = "cross-entropy") -> str:
+    ratio = median(case, name) / median(case, base)
+    return f"{ms(median(case, name))} ms ({ratio:{'.2g' if ratio < 100 else '.0f'}})"
+
+
+def speed_table() -> str:
+    """Many classes: the losses beside cross-entropy."""
+    report = result("cpu")
+    cases = [c for c in cases_of(report, "goals") if c["L"] >= 10_000 and (c["n_sample"], c["epsilon"]) == (5, 1)]
+    titles = {"topk_fast": "topk_fast, B = 5", "sampled cross-entropy": "sampled cross-entropy, B = 16"}
+    names = measured(cases, ("cross-entropy", "topk_fast", "sampled cross-entropy", "pytopk"))
+    rows = [[f"{c['N']}, {c['L']}", *(time_and_ratio(c, name) for name in names)] for c in cases]
+    head = ["N, L", *(titles.get(name, name) for name in names)]
+    note = "Forward + backward, K = 5, epsilon = 1, N(0, 1) scores; in brackets the ratio to cross-entropy."
+    return show(head, rows, note, report)
+
+
 def goals_table() -> str:
     """Times beside the goals that the design sets."""
     report = result("cpu")
-    rows = []
-    for c in (c for c in report["cases"] if c["group"] == "goals"):
+    cases, rows = cases_of(report, "goals"), []
+    names = measured(cases)
+    for c in cases:
         ours, plain, theirs = (median(c, name) for name in ("topk_fast", "cross-entropy", "pytopk"))
         to_plain, to_pytopk = report["goals"][str(c["L"])]
         goal = f" ({to_plain:g})" if c["n_sample"] == 5 else ""
         other_goal = f" (1/{1 / to_pytopk:.0f})" if c["n_sample"] == 10 else ""
         shape = [f"{c['N']}, {c['L']}", str(c["n_sample"]), f"{c['epsilon']:g}"]
-        times = [f"{ms(t)} ms" for t in (ours, plain, theirs)]
+        times = [f"{ms(median(c, name))} ms" for name in names]
         rows.append([*shape, *times, f"{ours / plain:.2f}{goal}", f"1/{theirs / ours:.0f}{other_goal}"])
-    head = ["N, L", "B", "epsilon", "topk_fast", "cross-entropy", "pytopk"]
-    head += ["to cross-entropy (goal)", "to pytopk (goal)"]
-    return grid(head, rows) + "\n\n" + where(report["environment"])
+    head = ["N, L", "B", "epsilon", *names, "to cross-entropy (goal)", "to pytopk (goal)"]
+    note = "The ratios are topk_fast's. The sampled cross-entropy has B = 16 in all rows."
+    return show(head, rows, note, report)
 
 
 def peers_table() -> str:
     """Every peer at two shapes: time, its ratio to cross-entropy, peak memory in units of the scores."""
-    from benchmarks.peers import PEERS  # needs the packages of the peers, which no other table does
+    from benchmarks.peers import PEERS  # needs torch, which no other table does
 
     report = result("cpu")
-    cases = [c for c in report["cases"] if c["group"] == "peers"]
-    names = sorted(
-        {n for c in cases for n in c["ms"]}, key=lambda n: median(cases[-1], n) if n in cases[-1]["ms"] else 0
-    )
+    cases = cases_of(report, "peers")
+    names = sorted(measured(cases, tuple(PEERS)), key=lambda name: median(cases[0], name))
     rows = []
     for name in names:
-        row = [f"**{name}**" if name.startswith("topk_fast") else name]
+        row = [f"**{name}**" if PEERS[name].own else name]
         for c in cases:
-            if name not in c["ms"]:
-                row += ["-", "-"]
-                continue
             peak = c["peak_bytes"].get(name)
-            ratio = median(c, name) / median(c, "cross-entropy")
-            row.append(f"{ms(median(c, name))} ms ({ratio:{'.2g' if ratio < 100 else '.0f'}})")
-            row.append("-" if peak is None else f"{peak / (4 * c['N'] * c['L']):.1f}")
+            row += [time_and_ratio(c, name), "-" if peak is None else f"{peak / (4 * c['N'] * c['L']):.1f}"]
         rows.append(row + [PEERS[name].compared])
     head = ["loss"]
     for c in cases:
         head += [f"N, L = {c['N']}, {c['L']}", "memory"]
-    first = cases[0]
     note = (
-        f"Forward + backward, K = {first['k']}, B = {first['n_sample']}, epsilon = {first['epsilon']:g}, N(0, 1) "
-        "scores; in brackets the ratio to cross-entropy; peak extra memory in units of the scores, the gradient (1.0) "
-        "included. "
+        f"Forward + backward, K = {cases[0]['k']}, B = {cases[0]['n_sample']}, epsilon = {cases[0]['epsilon']:g}, "
+        "N(0, 1) scores; in brackets the ratio to cross-entropy; peak extra memory in units of the scores, the "
+        "gradient (1.0) included."
     )
-    return grid(head + ["what it is"], rows) + "\n\n" + note + where(report["environment"])
+    return show(head + ["what it is"], rows, note, report)
 
 
 def scores_table() -> str:
     """How the kind of the scores changes the time."""
     report = result("cpu")
-    cases = [c for c in report["cases"] if c["group"] == "scores"]
-    rows = []
+    cases = cases_of(report, "scores")
+    names, rows = measured(cases)[1:], []
     for kind in dict.fromkeys(c["scores"] for c in cases):
+        alike = [c for c in cases if c["scores"] == kind]
         row = [{"species": "logits of the 16S model", "normal": "N(0, 1)"}.get(kind, kind)]
-        for c in (c for c in cases if c["scores"] == kind):
-            ratio = median(c, "topk_fast") / median(c, "cross-entropy")
-            row.append(f"{ms(median(c, 'topk_fast'))} ms ({ratio:.2f})")
-        rows.append(row + [f"{ms(median(c, name))} ms" for name in ("cross-entropy", "pytopk")])
-    levels = [f"topk_fast, epsilon {c['epsilon']:g}" for c in cases[:2]]
-    note = (
-        f"N, L = {cases[0]['N']}, {cases[0]['L']}, B = {cases[0]['n_sample']}; in brackets the ratio to cross-entropy."
-    )
-    return grid(["scores", *levels, "cross-entropy", "pytopk"], rows) + f"\n\n{note} {where(report['environment'])}"
+        row += [time_and_ratio(c, "topk_fast") for c in alike]
+        rows.append(row + [f"{ms(median(alike[-1], name))} ms" for name in names])
+    head = ["scores", *(f"topk_fast, epsilon {c['epsilon']:g}" for c in alike), *names]
+    n, length, b = (cases[0][key] for key in ("N", "L", "n_sample"))
+    note = f"N, L = {n}, {length}, B = {b}, of the sampled cross-entropy 16; in brackets the ratio to cross-entropy."
+    return show(head, rows, note, report)
+
+
+def instructions_table() -> str:
+    """The losses under each instruction set."""
+    report = result("cpu")
+    sets = [name for name in report["environment"]["instruction_sets"] if cases_of(report, name)]
+    if not sets:
+        return MISSING
+    rows = []
+    for alike in zip(*(cases_of(report, name) for name in sets)):
+        for name in measured(alike):
+            times = [f"{ms(median(c, name))} ms" for c in alike]
+            rows.append([f"{alike[0]['N']}, {alike[0]['L']}", name, *times])
+    note = "B = 5, of the sampled cross-entropy 16."
+    return show(["N, L", "loss", *sets], rows, note, report)
 
 
 def linear_table() -> str:
     """The linear form: times and memory, with their ratio to the plain form."""
     report = result("linear_cpu")
     rows = []
-    for case in report["cases"]:
-        plain, plain_bytes = case["ms"][PLAIN]["both"]["median"], case["peak_bytes"][PLAIN]
+    for case in cases_of(report, "linear"):
+        plain, plain_bytes, shape = case["ms"][PLAIN]["both"]["median"], case["peak_bytes"][PLAIN], "{N}, {D}, {L}"
         for name, parts in case["ms"].items():
-            if parts == "out of memory":
-                rows.append([f"{case['N']}, {case['D']}, {case['L']}", name, *[""] * 4, parts])
-                continue
             t, peak = {part: value["median"] for part, value in parts.items()}, case["peak_bytes"][name]
             rows.append(
-                [f"{case['N']}, {case['D']}, {case['L']}", name, f"{t['forward']:.0f} ms", f"{t['backward']:.0f} ms"]
+                [shape.format(**case), name, f"{t['forward']:.0f} ms", f"{t['backward']:.0f} ms"]
                 + [f"{t['both']:.0f} ms ({t['both'] / plain:.2f})", f"{t['optimizer']:.1f} ms"]
                 + [f"{peak / 2**20:.0f} MiB ({peak / plain_bytes:.2f})"]
             )
+        rows += [[shape.format(**case), name, *[""] * 4, reason] for name, reason in case["left_out"].items()]
     head = ["N, D, L", "", "forward", "backward", "both", "optimizer", "peak extra memory"]
     (time, sparse_time), (memory, sparse_memory) = LINEAR_GOALS["time"], LINEAR_GOALS["memory"]
     note = (
-        f"In brackets the ratio to {PLAIN}. B = 16 for the sampled cross-entropy, 5 for the noised top-5. Goals of the "
-        f"sampled cross-entropy at L = 100 000: {time} of the time and {memory} of the memory; with sparse_grad "
-        f"{sparse_time} and {sparse_memory}. The memory contains the weight's gradient. "
+        f"In brackets the ratio to {PLAIN}. Goals of the sampled cross-entropy with B = 16 at L = 100 000: {time} of "
+        f"the time and {memory} of the memory; with sparse_grad {sparse_time} and {sparse_memory}. The memory contains "
+        "the weight's gradient."
     )
-    return grid(head, rows) + "\n\n" + note + where(report["environment"])
+    return show(head, rows, note, report)
 
 
 def gradient_table() -> str:
-    """Variance and bias against B, and what a second buys."""
-    report = result("gradient")
-    rows = []
+    """The top-K loss: variance and bias against B, and what a second buys."""
+    report, times = result("gradient"), result("gradient_cpu")
+    rows, shapes = [], list(dict.fromkeys((c["N"], c["L"]) for c in cases_of(times, "gradient")))
     for b in dict.fromkeys(q["n_sample"] for q in report["quality"]):
         row = [str(b)]
         for q in (q for q in report["quality"] if q["n_sample"] == b):
             row.append(f"{q['variance']:.4f}")
             row.append(f"{q['bias_squared']:.1e}" if bias_is_seen(q, report) else "none seen")
-        for shape in dict.fromkeys((s["N"], s["L"]) for s in report["second"]):
-            at = {
-                s["loss"]: s["ms"]["median"] for s in report["second"] if (s["N"], s["L"], s["n_sample"]) == (*shape, b)
-            }
-            theirs = f"{at['pytopk'] / at['topk_fast']:.0f}" if "pytopk" in at else "-"
-            row.append(f"{ms(at['topk_fast'])} ms ({theirs})")
+        for shape in shapes:
+            (case,) = (c for c in times["cases"] if (c["N"], c["L"], c["n_sample"]) == (*shape, b))
+            ours = median(case, "topk_fast")
+            theirs = f"{median(case, 'pytopk') / ours:.0f}" if "pytopk" in case["ms"] else "-"
+            row.append(f"{ms(ours)} ms ({theirs})")
         rows.append(row)
     head = ["B"]
-    for name in dict.fromkeys(q["row"] for q in report["quality"]):
-        a = next(q["activation"] for q in report["quality"] if q["row"] == name)
+    for a in dict.fromkeys(q["activation"] for q in report["quality"]):
         head += [f"variance, a = {abs(a):.1f}", "bias²"]
-    head += [f"step at {n}, {length}" for n, length in dict.fromkeys((s["N"], s["L"]) for s in report["second"])]
+    head += [f"step at {n}, {length}" for n, length in shapes]
     worst = max(g["largest_error"] / g["largest_entry"] for g in report["gradcheck"])
     note = (
         f"Gradient of one row of {report['L']} classes, K = {report['k']}, epsilon = {report['epsilon']:g}: variance "
@@ -148,7 +184,30 @@ def gradient_table() -> str:
         f"differences in float64 agree with the gradient to {worst:.0e} of its largest entry in "
         f"{len(report['gradcheck'])} cases, with both samplers. "
     )
-    return grid(head, rows) + "\n\n" + note + where(report["environment"])
+    machines = f"Variance and bias: {where(report['environment'])} Steps: {where(times['environment'])}"
+    return grid(head, rows) + "\n\n" + note + machines
+
+
+def sampling_table() -> str:
+    """The sampled cross-entropy: the variance that the label has, and what B samples add to it."""
+    report = result("gradient")
+    if not report.get("sampling"):
+        return MISSING
+    rows = []
+    for model in report["sampling"]:
+        own, label = model["model_variance"], model["label_variance"]
+        row = [model["logits"], f"{model['rows']}, {model['L']}", f"{own:.3f}"]
+        row.append(f"{label:.3f} ± {model['label_variance_error']:.3f}")
+        rows.append(row + [f"{s['variance']:.4f} (1/{label / s['variance']:.1f})" for s in model["samples"]])
+    head = ["logits", "rows, L", "label of the model", "label of the data"]
+    head += [f"added, B = {s['n_sample']}" for s in model["samples"]]
+    note = (
+        "Variance of a row's gradient, summed over the classes, mean over the rows: of cross-entropy's gradient when "
+        "the label is drawn from the model, 1 - sum p², and with the labels of the data, the mean of |p - e_y|², with "
+        f"its standard error; and what B samples add to it, from {report['draws']} draws, in brackets as a share of "
+        "the label's."
+    )
+    return show(head, rows, note, report)
 
 
 def language_table() -> str:
@@ -170,9 +229,9 @@ def language_table() -> str:
     note = (
         f"A vocabulary of {settings['different words']} words, {settings['steps']} steps of {settings['words a step']} "
         f"words, {settings['width']} features. Perplexity is exact, with the standard deviation over seeds. In "
-        "brackets stands the ratio to cross-entropy. "
+        "brackets stands the ratio to cross-entropy."
     )
-    return grid(head, rows) + "\n\n" + note + where(report["environment"])
+    return show(head, rows, note, report)
 
 
 def model_table() -> str:
@@ -196,11 +255,14 @@ def model_table() -> str:
 
 
 TABLES = {
-    "cpu": goals_table,
+    "speed": speed_table,
+    "goals": goals_table,
     "peers": peers_table,
     "scores": scores_table,
+    "instructions": instructions_table,
     "linear": linear_table,
     "gradient": gradient_table,
+    "sampling": sampling_table,
     "language model": language_table,
     "model": model_table,
 }

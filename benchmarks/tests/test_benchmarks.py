@@ -14,18 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import ROOT, gpu, harness, linear, loss, memory, tables
-from benchmarks.peers import PEERS, Case
+from benchmarks import ROOT, cases, gpu, gradient, harness, linear, loss, tables
+from benchmarks.cases import Case
+from benchmarks.harness import Candidate, Effort, Entry
+from benchmarks.memory import measure_peak
+from benchmarks.peers import PEERS
 from benchmarks.study import tables as study_tables
 from examples.machine import environment
-from topk_fast import BalNoisedTopK
 
 CASE = Case(64, 100, n_sample=5)
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
-
-
-def scores_and_target(kind="normal"):
-    return harness.make_scores(kind, CASE.N, CASE.L, CASE.dtype, "cpu")
 
 
 # Scores
@@ -33,56 +31,48 @@ def scores_and_target(kind="normal"):
 
 @pytest.mark.parametrize("kind", ["normal", "flat", "spiky"])
 def test_scores_are_leaves_and_the_same_each_time(kind):
-    (scores, target), (again, same) = scores_and_target(kind), scores_and_target(kind)
+    (scores, target), (again, same) = (cases.make_scores(kind, 64, 100, "float32", "cpu") for _ in range(2))
     assert scores.shape == (64, 100) and target.shape == (64,) and scores.is_leaf and scores.requires_grad
     assert torch.equal(scores, again) and torch.equal(target, same) and 0 <= target.min() and target.max() < 100
-    assert harness.make_scores(kind, 2, 9, "bfloat16", "cpu")[0].dtype == torch.bfloat16
+    assert cases.make_scores(kind, 2, 9, "bfloat16", "cpu")[0].dtype == torch.bfloat16
 
 
 def test_what_each_kind_claims():
-    normal, flat = scores_and_target("normal")[0], scores_and_target("flat")[0]
+    normal, flat = (cases.make_scores(kind, 64, 100, "float32", "cpu")[0] for kind in ("normal", "flat"))
     assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05  # of 6400: 4 standard errors
     assert (flat == flat[0, 0]).all()
-    spiky, target = scores_and_target("spiky")
+    spiky, target = cases.make_scores("spiky", 64, 100, "float32", "cpu")
     peaks = spiky > 2  # 20 standard deviations of the others
-    assert (peaks.sum(1) >= 3).all() and (peaks.sum(1) <= harness.PEAKS).all()  # peaks may meet in one class
+    assert (peaks.sum(1) >= 3).all() and (peaks.sum(1) <= cases.PEAKS).all()  # peaks may meet in one class
     assert peaks[torch.arange(64), target].all() and abs(spiky[~peaks].std() - 0.1) < 0.005
 
 
 def test_species_come_from_a_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "SPECIES", tmp_path / "logits.pt")
+    monkeypatch.setattr(cases, "SPECIES", tmp_path / "logits.pt")
     with pytest.raises(FileNotFoundError, match="examples/all_species.py --losses cross-entropy --save-logits"):
-        harness.make_scores("species", 2, 5, "float32", "cpu")
+        cases.make_scores("species", 2, 5, "float32", "cpu")
     logits, target = torch.randn(3, 5).half(), torch.tensor([4, 0, 2])
-    torch.save({"logits": logits, "target": target}, harness.SPECIES)
-    scores, labels = harness.make_scores("species", 2, 5, "float32", "cpu")
+    torch.save({"logits": logits, "target": target}, cases.SPECIES)
+    scores, labels = cases.make_scores("species", 2, 5, "float32", "cpu")
     assert torch.equal(scores.detach(), logits[:2].float()) and scores.requires_grad and labels.tolist() == [4, 0]
     with pytest.raises(ValueError, match="3 rows of 5 classes, asked for 2 of 6"):
-        harness.make_scores("species", 2, 6, "float32", "cpu")
-
-
-def test_unknown_kind():
-    with pytest.raises(ValueError, match="got 'lumpy'"):
-        harness.make_scores("lumpy", 2, 5, "float32", "cpu")
+        cases.make_scores("species", 2, 6, "float32", "cpu")
 
 
 # The gate
 
 
-def gate(losses, kind="normal"):
-    return harness.gate(losses, *scores_and_target(kind), CASE.k, CASE.n_sample, CASE.epsilon)[0]
-
-
 @pytest.mark.parametrize("kind", ["normal", "flat", "spiky"])
 def test_gate_lets_right_losses_pass(kind):
-    assert gate({name: PEERS[name].make(CASE) for name in loss.BASIC}, kind) == {}
+    CASE._replace(scores=kind).check(loss.BASIC, "cpu")
 
 
 @pytest.mark.parametrize("part", ["losses", "gradients"])
-def test_gate_sees_one_bit(monkeypatch, part):
+@pytest.mark.parametrize("name", ["bal_noised_topk_loss", "sampled_cross_entropy"])
+def test_gate_sees_one_bit(monkeypatch, name, part):
     """A backend whose first loss, or gradient, is one unit in the last place off."""
-    right = harness.bal_noised_topk_loss
-    if harness.list_own_backends("cpu") == ["torch"]:
+    right = getattr(cases, name)
+    if cases.list_own_backends("cpu") == ["torch"]:
         pytest.skip("the C++ kernels are not built: there is only one backend")
 
     def wrong(scores, *args, backend, **kwargs):
@@ -94,63 +84,97 @@ def test_gate_sees_one_bit(monkeypatch, part):
         out = right(scores, *args, backend=backend, **kwargs)
         return out + (torch.nextafter(out, torch.tensor(9.0)) - out).detach()
 
-    monkeypatch.setattr(harness, "bal_noised_topk_loss", wrong)
-    with pytest.raises(SystemExit, match="cpp.*and the reference differ at .*nothing was timed"):
-        gate({})
+    wrong.__name__ = name
+    monkeypatch.setattr(cases, name, wrong)
+    with pytest.raises(SystemExit, match=f"cpp on cpu and the reference differ in {name} at .*nothing was timed"):
+        CASE.check((), "cpu")
 
 
 def test_gate_sees_another_mean():
-    pytopk = PEERS["pytopk"].make(CASE)
-    with pytest.raises(SystemExit, match="mean losses .* differ: nothing was timed"):
-        gate({"pytopk": lambda scores, target: pytopk(scores, target) + 0.3})  # some 15 standard errors
+    scores, target = cases.make_scores("normal", 64, 100, "float32", "cpu")
+    with pytest.raises(SystemExit, match="mean losses .* and peer's .* differ: nothing was timed"):
+        cases.check_means("peer", lambda s, t: F.cross_entropy(s, t) + 0.1, F.cross_entropy, scores, target)
+
+
+@pytest.mark.parametrize("wrong", ["losses", "gradients"])
+def test_gate_sees_a_linear_form_that_is_wrong(monkeypatch, wrong):
+    name, right = "sampled cross-entropy, B = 16", linear.linear_sampled_cross_entropy
+
+    def off(x, weight, y, **options):
+        value = right(x, weight, y, **options)
+        return value * (1 + 1e-6) if wrong == "losses" else 2 * value - value.detach()
+
+    monkeypatch.setitem(linear.OWN, name, linear.partial(off, n_sample=16))
+    with pytest.raises(SystemExit, match=f"{name}: linear and plain form disagree"):
+        linear.Case(8, 4, 60).check((), "cpu")
+
+
+# What is measured
+
+
+def measure(names, **candidates):
+    report = {"cases": []}
+    entry = Entry("goals", CASE, names)
+    harness.measure([entry], lambda device: PEERS | candidates, "cpu", Effort(3, 0.01), report, None)
+    return report["cases"][0]
+
+
+@NEEDS_PROC
+def test_a_result_has_the_case_times_reasons_and_peaks(tmp_path, capsys):
+    report = {"cases": []}
+    entry = Entry("goals", Case(4, 50, n_sample=2), ("topk_fast", "cross-entropy"), ("topk_fast",))
+    harness.measure([entry], loss.list_candidates, "cpu", Effort(3, 0.01), report, tmp_path / "new" / "cpu.json")
+    result = json.loads((tmp_path / "new" / "cpu.json").read_text())["cases"][0]
+    case = dict(group="goals", N=4, L=50, k=5, n_sample=2, epsilon=1.0, dtype="float32", scores="normal")
+    assert {key: result[key] for key in case} == case and result["left_out"] == {}
+    assert all(set(ms) == {"lower", "median", "upper", "repeats"} for ms in result["ms"].values())
+    assert list(result["ms"]) == ["topk_fast", "cross-entropy"] and set(result["peak_bytes"]) == {"topk_fast"}
+    assert capsys.readouterr().out.startswith("goals: N=4 L=50 k=5 n_sample=2")
 
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
-def test_gate_sees_what_is_not_finite(wrong):
+def test_what_is_not_finite_is_not_timed(wrong):
     def peer(scores, target):
         if wrong == "gradient":
             return (scores - scores.detach()).abs().sqrt().sum()  # finite itself
         return F.cross_entropy(scores, target) * torch.inf
 
     with pytest.raises(SystemExit, match="bad has a loss or gradient that is not finite"):
-        gate({"good": F.cross_entropy, "bad": peer})
+        measure(("cross-entropy", "bad"), bad=Candidate(lambda case: peer))
 
 
-def test_gate_notes_who_overwrites_its_scores():
-    def peer(scores, target):
-        loss = F.cross_entropy(scores.clone(), target)
-        scores.data.zero_()
-        return loss
-
-    scores, target = scores_and_target()
-    before = scores.detach().clone()
-    losses = {"overwriting": peer, "cross-entropy": F.cross_entropy}
-    assert harness.gate(losses, scores, target, CASE.k, CASE.n_sample, CASE.epsilon) == ({}, {"overwriting"})
-    assert torch.equal(scores, before)
-
-
-def test_gate_leaves_out_a_peer_that_fails_but_not_one_of_ours():
-    def broken(scores, target):
+def test_a_peer_that_fails_is_left_out_but_not_one_of_ours():
+    def broken(case):
         raise TypeError("no such dtype\nand more")
 
-    assert gate({"peer": broken}) == {"peer": "TypeError: no such dtype"}
+    result = measure(("cross-entropy", "peer"), peer=Candidate(broken))
+    assert result["left_out"] == {"peer": "TypeError: no such dtype"} and list(result["ms"]) == ["cross-entropy"]
     with pytest.raises(TypeError, match="no such dtype"):
-        gate({"topk_fast": broken})
+        measure(("ours",), ours=Candidate(broken, own=True))
 
 
-def too_large(*_):
-    return torch.empty(2**60, dtype=torch.int8)  # more than any address space
+def test_what_is_measured_stays(monkeypatch, tmp_path):
+    """The second case's gate stops the run; the first case is in the file."""
+    entries = [Entry("goals", Case(n, 50), ("cross-entropy",)) for n in (4, 2)]
+    monkeypatch.setattr(loss, "list_entries", lambda quick, device: entries)
+
+    def check(case, names, device):
+        if case.N == 2:
+            raise SystemExit("wrong")
+
+    monkeypatch.setattr(Case, "check", check)
+    with pytest.raises(SystemExit, match="wrong"):
+        loss.main(["--quick", "--out", str(tmp_path / "cpu.json")])
+    report = json.loads((tmp_path / "cpu.json").read_text())
+    assert [case["N"] for case in report["cases"]] == [4] and report["environment"]["threads"] == 1
+    assert {"cpu", "pytopk", "torch", "instruction_sets", "commit", "date", "command"} <= set(report["environment"])
 
 
-def test_too_large_is_left_out():
-    assert gate({"good": F.cross_entropy, "large": too_large}) == {"large": "out of memory"}
-    _, left_out = harness.sample_in_turn({"large": [too_large]}, "cpu", 3)
-    assert left_out == {"large": "out of memory"}
-
-
-def test_other_errors_are_not_taken_for_memory():
-    with pytest.raises(RuntimeError, match="shape"):
-        memory.attempt(lambda: torch.ones(2) @ torch.ones(3, 3) + torch.ones(2).view(3, 7))
+def test_a_result_is_written_whole_or_not_at_all(tmp_path):
+    harness.write(tmp_path / "result.json", {"cases": [1]})
+    with pytest.raises(TypeError):
+        harness.write(tmp_path / "result.json", {"cases": [1, object()]})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"cases": [1]}
 
 
 # Timing
@@ -170,59 +194,44 @@ class Steps:
 
         return run
 
-    def interleaved(self, **options):
-        return harness.sample_in_turn(self.candidates, "cpu", clock=lambda: self.now, **options)
+    def sampled(self, *effort):
+        return harness.sample_in_turn(self.candidates, "cpu", Effort(*effort), clock=lambda: self.now)
 
 
 def test_samples_are_in_turn_and_right():
     steps = Steps(a=1.0, b=2.0)  # too long for loops and untimed steps
-    samples, left_out = steps.interleaved(repeats=4)
-    assert "".join(steps.ran) == "ab" + 4 * "ab" and left_out == {}
-    assert samples == {"a": 4 * [[1000.0]], "b": 4 * [[2000.0]]}
+    assert steps.sampled(4) == {"a": 4 * [[1000.0]], "b": 4 * [[2000.0]]}
+    assert "".join(steps.ran) == "ab" + 4 * "ab"
 
 
 def test_brief_steps_are_repeated_after_an_untimed_one():
     steps = Steps(a=0.0011, b=0.03)
-    samples, _ = steps.interleaved(repeats=5, seconds=0.5)  # 0.1 s a sample: 90 steps, and 3
+    samples = steps.sampled(5, 0.5)  # 0.1 s a sample: 90 steps, and 3
     assert [len(values) for values in samples.values()] == [5, 5]
     assert steps.ran.count("a") == 1 + 5 * (1 + 90) and steps.ran.count("b") == 1 + 5 * (1 + 3)  # 1 to see how long
     assert all(abs(ms - 1.1) < 1e-6 for (ms,) in samples["a"]) and all(abs(ms - 30) < 1e-6 for (ms,) in samples["b"])
 
 
 def test_long_steps_get_fewer_samples_but_three():
-    samples, _ = Steps(brief=0.01, long=0.25, longest=60.0).interleaved(repeats=15, seconds=1.0)
+    samples = Steps(brief=0.01, long=0.25, longest=60.0).sampled(15, 1.0)
     assert {name: len(values) for name, values in samples.items()} == {"brief": 15, "long": 4, "longest": 3}
-
-
-def test_a_case_ends_when_its_time_is_spent():
-    samples, _ = Steps(a=0.2, b=0.2).interleaved(repeats=15, case_seconds=0)
-    assert [len(values) for values in samples.values()] == [harness.FEWEST] * 2
 
 
 def test_passes_that_need_each_other_run_once_each():
     steps = Steps()
-    passes = [steps.one("forward", 0.25), steps.one("backward", 0.5)]
-    samples, _ = harness.sample_in_turn({"a": passes}, "cpu", 3, 1000, clock=lambda: steps.now)
-    assert samples == {"a": 3 * [[250.0, 500.0]]} and steps.ran == 4 * ["forward", "backward"]
+    steps.candidates = {"a": [steps.one("forward", 0.25), steps.one("backward", 0.5), steps.one("update", 0.01)]}
+    samples = steps.sampled(3)
+    assert samples == {"a": 3 * [pytest.approx([250.0, 500.0, 10.0])]}
+    assert steps.ran == 4 * ["forward", "backward", "update"]
+    assert harness.summarize(samples["a"])["both"] == {"lower": 750, "median": 750, "upper": 750, "repeats": 3}
 
 
 def test_quartiles():
-    assert harness.compute_quartiles([3.0, 1.0, 2.0]) == {"lower": 1.0, "median": 2.0, "upper": 3.0, "repeats": 3}
-    values = harness.compute_quartiles([float(i) for i in range(1, 12)])
+    values = harness.compute_quartiles([float(i) for i in range(11, 0, -1)])
     assert values == {"lower": 3.0, "median": 6.0, "upper": 9.0, "repeats": 11}
 
 
 # Memory
-
-
-def hold(small):
-    return lambda: torch.ones(2**10 if small else 2**24).add_(1)
-
-
-@NEEDS_PROC
-def test_peak_memory_is_that_of_the_step():
-    # Linux counts pages in batches.
-    assert 0.98 * 2**26 <= memory.measure_peak(hold, device="cpu") <= 1.1 * 2**26
 
 
 @NEEDS_PROC
@@ -230,53 +239,27 @@ def test_peak_memory_of_losses():
     """At its peak a step of ours holds the gradient; cross-entropy's a logarithm of the scores' size too."""
     case, logits = Case(8, 500_000), 8 * 500_000 * 4
     peak = {
-        name: memory.measure_peak(loss.make_step, name, case, "cpu", device="cpu")
-        for name in ("topk_fast", "cross-entropy")
+        name: measure_peak(harness.make_run, case, loss.list_candidates, name, "cpu")
+        for name in ("topk_fast", "sampled cross-entropy", "cross-entropy")
     }
-    assert 0.95 * logits <= peak["topk_fast"] <= 1.5 * logits and peak["cross-entropy"] >= 1.9 * logits
+    assert all(0.95 * logits <= peak[name] <= 1.5 * logits for name in loss.OWN)
+    assert 1.9 * logits <= peak["cross-entropy"] <= 3.5 * logits
 
 
-@NEEDS_PROC
-def test_limit_makes_large_allocations_raise():
-    """In a process of its own, which keeps the limit: what Linux grants otherwise, pages it never touches."""
-    code = (
-        "import resource, torch; from benchmarks import memory; memory.limit()\n"
-        "free = resource.getrlimit(resource.RLIMIT_DATA)[0]\n"
-        "print(free > 0, memory.attempt(torch.empty, free // 4 + 1)[1])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "True out of memory", done.stderr
-
-
-# Results
-
-
-def test_environment(monkeypatch):
-    monkeypatch.setenv("COMMIT", "abc1234")
-    out = environment("cpu")
-    assert out["commit"] == "abc1234" and out["torch"] == torch.__version__ and out["threads"] == 1
-    assert {"cpu", "python", "pytopk", "topk_fast", "compiler", "instruction_sets", "date", "command"} <= set(out)
-    json.dumps(out)
-
-
-def test_a_result_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "result.json"
-    harness.write(path, {"cases": [1]})
-    with pytest.raises(TypeError):
-        harness.write(path, {"cases": [1, object()]})
-    assert json.loads(path.read_text()) == {"cases": [1]}
+# The cases
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("which", ["quick", "full"])
-def test_sets_name_known_losses(which, device):
-    known = loss.list_candidates(device)
-    for entry in loss.list_entries(which, device):
+@pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
+@pytest.mark.parametrize("program", [loss, linear], ids=["loss", "linear"])
+def test_cases_name_known_losses(program, quick, device):
+    known = program.list_candidates(device)
+    for entry in program.list_entries(quick, device):
         assert set(entry.names) <= set(known) and set(entry.memory) <= set(entry.names) and entry.names, entry
 
 
 def test_the_full_set_has_its_groups():
-    entries = loss.list_entries("full", "cpu")
+    entries = loss.list_entries(False, "cpu")
     groups = {entry.group for entry in entries}
     assert groups == {"goals", "length", "samples", "k", "scores", "peers", "dtype"}
     goals = [entry.case for entry in entries if entry.group == "goals"]
@@ -284,81 +267,62 @@ def test_the_full_set_has_its_groups():
         (n, b, e) for n in loss.GOALS for b in (5, 10) for e in (1, 0.2)
     }
     assert all(c.N * c.L <= 2**22 for c in (entry.case for entry in entries if entry.group == "length"))
+    assert all("sampled cross-entropy" in e.names for e in entries if e.group in ("goals", "peers", "scores"))
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """loss.py with two cases of its own, and no limit set on this process."""
-    entries = [
-        loss.Entry("goals", Case(4, 50, n_sample=2), ("topk_fast", "cross-entropy", "pytopk", "Liger"), ("topk_fast",)),
-        loss.Entry("length", Case(2, 70, dtype="bfloat16"), ("topk_fast", "cross-entropy")),
-    ]
-    monkeypatch.setattr(loss, "list_entries", lambda which, device: entries)
-    monkeypatch.setattr(memory, "limit", lambda: None)
-    return entries
-
-
-@NEEDS_PROC
-def test_loss_writes_its_result(tiny, tmp_path, capsys):
-    path = tmp_path / "cpu.json"
-    loss.main(["--out", str(path), "--seconds", "0.01"])
-    report = json.loads(path.read_text())
-    assert list(report) == ["environment", "goals", "cases"] and report["goals"]["1000"] == [1.5, 1 / 40]
-    first, second = report["cases"]
-    case = dict(group="goals", N=4, L=50, k=5, n_sample=2, epsilon=1.0, dtype="float32", scores="normal")
-    assert {key: first[key] for key in case} == case
-    assert list(first["ms"]) == ["topk_fast", "cross-entropy", "pytopk"]
-    assert all(set(ms) == {"lower", "median", "upper", "repeats"} for ms in first["ms"].values())
-    assert first["left_out"] == {"Liger": "runs only on cuda"} and set(first["peak_bytes"]) == {"topk_fast"}
-    assert second["dtype"] == "bfloat16" and second["peak_bytes"] == second["left_out"] == {}
-    assert "Liger left out: runs only on cuda" in capsys.readouterr().out
-
-
-def test_what_is_measured_stays(tiny, monkeypatch, tmp_path):
-    """The second case's gate stops the run; the first case is in the file."""
-    path, right = tmp_path / "cpu.json", harness.gate
-
-    def once(losses, scores, *args):
-        if len(scores) == 2:
-            raise SystemExit("wrong")
-        return right(losses, scores, *args)
-
-    monkeypatch.setattr(harness, "gate", once)
-    tiny[0] = tiny[0]._replace(memory=())
-    with pytest.raises(SystemExit, match="wrong"):
-        loss.main(["--out", str(path), "--seconds", "0.01"])
-    assert [case["N"] for case in json.loads(path.read_text())["cases"]] == [4]
-
-
-def test_peers_can_be_chosen(tiny, tmp_path):
-    path = tmp_path / "cpu.json"
-    loss.main(["--out", str(path), "--seconds", "0.01", "--peers", "cross-entropy"])
-    assert [list(case["ms"]) for case in json.loads(path.read_text())["cases"]] == [["cross-entropy"]] * 2
-    with pytest.raises(SystemExit):
-        loss.main(["--peers", "no such loss"])
+def test_every_instruction_set_is_measured_and_the_best_one_stays(monkeypatch):
+    chosen, groups = [], []
+    sets = ["best", "other"]
+    monkeypatch.setattr(loss.topk_fast, "build_info", lambda: {"instruction_sets": sets})
+    monkeypatch.setattr(loss.topk_fast, "_C", type("_C", (), {"use_isa": chosen.append}), raising=False)
+    monkeypatch.setattr(loss.harness, "measure", lambda entries, *rest: groups.append((chosen[-1], entries[0].group)))
+    loss.measure_instruction_sets(Effort(3), {"cases": []}, None)
+    assert groups == [("best", "best"), ("other", "other")] and chosen[-1] == "best"
 
 
 def test_a_step_of_each_shape_for_a_profiler(monkeypatch):
     seen = []
     monkeypatch.setattr(loss, "GOAL_SHAPES", [(3, 20), (2, 30)])
     monkeypatch.setattr(
-        harness, "take_step", lambda f, scores, target: seen.append((type(f), len(scores), scores.dtype))
+        harness, "make_run", lambda case, known, name, device: lambda: seen.append((name, case.N, case.dtype))
     )
     loss.main(["--once"])
-    dtypes = (torch.float32, torch.bfloat16)
-    assert seen == [
-        (BalNoisedTopK, n, dtype) for n in (3, 2) for dtype in dtypes for _ in harness.list_own_backends("cpu")
-    ]
+    dtypes = ("float32", "bfloat16")
+    assert seen == [(name, n, dtype) for n in (3, 2) for dtype in dtypes for name in loss.OWN]
 
 
 def test_linear_keeps_the_form_of_its_result():
-    committed = json.loads((ROOT / "benchmarks" / "results" / "linear_cpu.json").read_text())["cases"][0]["ms"]
-    case = dict(N=8, D=4, L=60, dtype="float32")
-    linear.check_equality(**case)
-    ms = linear.measure(case, repeats=2)
-    assert set(ms) <= set(committed) and set(linear.SEARCH) <= set(ms)
-    for name, parts in ms.items():
-        assert list(parts) == list(committed[name]) and set(committed[name]["both"]) <= set(parts["both"])
+    committed = json.loads((ROOT / "benchmarks" / "results" / "linear_cpu.json").read_text())["cases"][0]
+    report, names = {"cases": []}, tuple(linear.list_candidates("cpu"))
+    entry = Entry("linear", linear.Case(8, 4, 60), names)
+    harness.measure([entry], linear.list_candidates, "cpu", Effort(2), report, None)
+    (result,) = report["cases"]
+    assert list(result) == list(committed) and result["left_out"] == {} and list(result["ms"]) == list(names)
+    for parts in result["ms"].values():
+        assert set(parts) == {"forward", "backward", "both", "optimizer"} and parts["both"]["median"] > 0
+
+
+# The gradient
+
+
+def test_samples_add_their_share_of_the_variance_of_the_labels():
+    """Of labels from the softmax, a sample is one more draw; of labels that the model knows, the share is larger."""
+    torch.manual_seed(0)
+    logits = torch.randn(400, 20)
+    found = gradient.measure_sampling("x", logits, logits.softmax(1).multinomial(1)[:, 0], 50)
+    assert abs(found["label_variance"] - found["model_variance"]) < 4 * found["label_variance_error"]
+    for s in found["samples"]:
+        expected = found["model_variance"] / s["n_sample"]
+        assert abs(s["variance"] - expected) < 4 * s["variance_error"]
+        assert abs(s["bias_squared"]) < 4 * s["bias_squared_error"]
+    certain = gradient.measure_sampling("x", logits, logits.argmax(1), 2)
+    assert certain["label_variance"] < 0.9 * certain["model_variance"] == 0.9 * found["model_variance"]
+
+
+def test_gradients_of_both_laws_agree_with_differences():
+    for case in (found := gradient.compare_differences(40, 3)):
+        assert case["largest_error"] < 1e-7 * case["largest_entry"] and case["largest_row_sum"] < 1e-12, case
+    assert {case["loss"] for case in found} == {"balanced", "imbalanced", "sampled cross-entropy"}
 
 
 # Tables
@@ -386,21 +350,48 @@ def test_losses_are_compared_seed_by_seed():
     )
 
 
+ENVIRONMENT = dict.fromkeys(("cpu", "torch", "commit", "date"), "x") | {"instruction_sets": ["avx512", "avx2"]}
+
+
 def test_what_did_not_fit_stands_in_the_linear_table(monkeypatch):
     quartiles = {"lower": 1.0, "median": 2.0, "upper": 3.0}
     ms = dict.fromkeys(("forward", "backward", "both", "optimizer"), quartiles)
-    case = {
-        "N": 1,
-        "D": 2,
-        "L": 3,
-        "ms": {tables.PLAIN: ms, "large": "out of memory"},
-        "peak_bytes": {tables.PLAIN: 2**20},
-    }
-    environment = dict.fromkeys(("cpu", "torch", "commit", "date"), "x")
-    monkeypatch.setattr(tables, "result", lambda name: {"cases": [case], "environment": environment})
+    case = {"group": "linear", "N": 1, "D": 2, "L": 3, "ms": {tables.PLAIN: ms}, "peak_bytes": {tables.PLAIN: 2**20}}
+    case["left_out"] = {"large": "OutOfMemoryError: x"}
+    monkeypatch.setattr(tables, "result", lambda name: {"cases": [case], "environment": ENVIRONMENT})
     lines = tables.linear_table().splitlines()
-    assert "| 1, 2, 3 | large |  |  |  |  | out of memory |" in lines
+    assert "| 1, 2, 3 | large |  |  |  |  | OutOfMemoryError: x |" in lines
     assert any("2 ms (1.00) | 2.0 ms | 1 MiB (1.00)" in line for line in lines)
+
+
+def make_case(group, length, times, **more):
+    ms = {name: {"median": value} for name, value in times.items()}
+    case = {"group": group, "N": 2, "L": length, "n_sample": 5, "epsilon": 1.0, "ms": ms, "left_out": {}}
+    return case | more
+
+
+def test_columns_without_figures_are_left_out(monkeypatch):
+    """And classes stand in falling order; cases with few classes are not in the short table."""
+    times = {"topk_fast": 1.0, "cross-entropy": 2.0, "pytopk": 400.0}
+    report = {"cases": [make_case("goals", n, times) for n in (1000, 10_000, 50_000)], "environment": ENVIRONMENT}
+    monkeypatch.setattr(tables, "result", lambda name: report)
+    head, _, first, second, *_ = tables.speed_table().splitlines()
+    assert head == "| N, L | cross-entropy | topk_fast, B = 5 | pytopk |"
+    assert first == "| 2, 50000 | 2 ms (1) | 1 ms (0.5) | 400 ms (200) |" and second.startswith("| 2, 10000 |")
+    for case in report["cases"]:
+        case["ms"]["sampled cross-entropy"] = {"median": 0.5}
+    assert "| sampled cross-entropy, B = 16 |" in tables.speed_table().splitlines()[0]
+
+
+def test_instruction_sets_stand_side_by_side(monkeypatch):
+    report = {"cases": [], "environment": ENVIRONMENT}
+    monkeypatch.setattr(tables, "result", lambda name: report)
+    assert tables.instructions_table() == tables.MISSING
+    report["cases"] = [
+        make_case(name, n, {"topk_fast": t}) for name, t in (("avx512", 1.0), ("avx2", 2.0)) for n in (9, 99)
+    ]
+    rows = tables.instructions_table().splitlines()
+    assert rows[0] == "| N, L | loss | avx512 | avx2 |" and rows[2] == "| 2, 99 | topk_fast | 1 ms | 2 ms |"
 
 
 def test_a_time_that_is_missing_says_why():
@@ -417,23 +408,17 @@ def test_a_step_that_fails_hangs_or_is_missing_keeps_none_from_running(tmp_path,
         gpu.Step("bad", 20, [*python, "print('said before'); raise SystemExit(3)"]),
         gpu.Step("hangs", 0.5, [*python, "import time; time.sleep(60)"]),
         gpu.Step("missing", 20, ["no-such-profiler"], optional=True),
+        gpu.Step("needed", 20, ["no-such-profiler"]),
         gpu.Step("good", 20, [*python, "print('said last')"]),
     ]
-    assert gpu.run_all(todo, tmp_path, 100) == ["bad (failed with 3)", "hangs (cut short)"]
+    failed = ["bad (failed with 3)", "hangs (cut short)", "needed (no-such-profiler is not installed)"]
+    assert gpu.run_all(todo, tmp_path, 100) == failed
     ended = json.loads((tmp_path / "steps.json").read_text())["steps"]
-    outcomes = ["failed with 3", "cut short", "no-such-profiler is not installed", "passed"]
+    outcomes = ["failed with 3", "cut short", *2 * ["no-such-profiler is not installed"], "passed"]
     assert [step["outcome"] for step in ended] == outcomes and 0.5 <= ended[1]["seconds"] < 20
     log = (tmp_path / "gpu.log").read_text()
     assert log.index("said before") < log.index("== hangs") < log.index("said last")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [step.name for step in todo]
-
-
-def test_steps_pass_where_only_an_optional_one_does_not(tmp_path):
-    good = gpu.Step("good", 20, [sys.executable, "-c", ""])
-    missing = gpu.Step("missing", 20, ["no-such-profiler"], optional=True)
-    assert gpu.run_all([missing, good], tmp_path, 100) == []
-    needed = missing._replace(optional=False)
-    assert gpu.run_all([needed, good], tmp_path, 100) == ["missing (no-such-profiler is not installed)"]
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["first run", "with results of an earlier run"])
@@ -458,7 +443,7 @@ def test_the_last_line_and_the_exit_code_say_what_failed(monkeypatch, tmp_path, 
     monkeypatch.setattr(gpu, "environment", lambda device: {})
     monkeypatch.setenv("OUT", str(tmp_path))
     code = "raise SystemExit(2)" if fails else ""
-    monkeypatch.setattr(gpu, "steps", lambda which: [gpu.Step("tests", 20, [sys.executable, "-c", code])])
+    monkeypatch.setattr(gpu, "steps", lambda quick: [gpu.Step("tests", 20, [sys.executable, "-c", code])])
     if fails:
         with pytest.raises(SystemExit, match=r"failed: tests \(failed with 2\); .*gpu\.log has their output"):
             gpu.main([])
@@ -485,10 +470,9 @@ def test_last():
 """
 
 
-@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["in the foreground", "in the background"])
-def test_tests_that_are_cut_short_report_what_they_found(tmp_path, capsys, monkeypatch, before):
-    """pytest prints failures at its end only, which an interrupt lets it reach."""
-    kept = signal.signal(signal.SIGINT, before)
+def test_tests_that_are_cut_short_report_what_they_found(tmp_path, capsys, monkeypatch):
+    """pytest prints failures at its end only, which an interrupt lets it reach, in a shell's background job as well."""
+    kept = signal.signal(signal.SIGINT, signal.SIG_IGN)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins would take seconds of the step
     (tmp_path / "test_slow.py").write_text(TESTS_CUT_SHORT)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "test_slow.py")]
@@ -572,7 +556,7 @@ def test_make_gpu_needs_few_packages():
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))\n"
         "from benchmarks import gpu, loss, linear\n"
-        "print(len(loss.list_entries('full', 'cuda')))\n"
+        "print(len(loss.list_entries(False, 'cuda')))\n"
         "import pytest\n"
         "plugins = ['-p', 'pytest_benchmark.plugin', '-p', 'no:cacheprovider']\n"
         "raise SystemExit(pytest.main(['--collect-only', '-m', 'not host', *plugins, *gpu.TESTS]))"
@@ -590,10 +574,10 @@ def test_no_step_starts_after_the_time_is_up(tmp_path):
 
 
 def test_every_step_names_what_is_there():
-    for step in gpu.steps("quick"):
+    for step in gpu.steps(quick=True):
         for word in step.command:
             assert not word.endswith(".py") or (ROOT / word).exists(), word
         if "benchmarks" in " ".join(step.command):
             module = step.command[step.command.index("-m") + 1]
             assert importlib.util.find_spec(module), module
-    assert sum(step.seconds for step in gpu.steps("full")) <= 480
+    assert sum(step.seconds for step in gpu.steps(quick=False)) <= 480
