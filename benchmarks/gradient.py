@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from benchmarks import RESULTS, harness
-from benchmarks.cases import SPECIES, Case
+from benchmarks.cases import SPECIES, SPECIES_COMMAND, Case
 from benchmarks.harness import Effort, Entry
 from benchmarks.loss import EQUAL, list_candidates
 from examples.machine import environment
@@ -192,6 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-times", action="store_true", help="the statistics only")
     parser.add_argument("--logits", type=Path, nargs="*", default=[SPECIES], help="saved logits; default %(default)s")
     args = parser.parse_args(argv)
+    if missing := [str(file) for file in args.logits if not file.exists()]:
+        parser.error(f"{', '.join(missing)} is missing; {SPECIES.name} is made with: {SPECIES_COMMAND}")
     times, path = harness.begin(args, "gradient_")
     share = 100 if args.quick else 1
     report = {"environment": environment("cpu"), "k": K, "epsilon": EPSILON, "L": LENGTH}
@@ -205,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         harness.write(RESULTS / "gradient.json", report)
     if not args.no_times:
-        effort = Effort(3, 0.2) if args.quick else Effort(15, 4.0)
+        effort = Effort(3, 0.2) if args.quick else Effort(15, 2.0)
         harness.measure(list_entries(args.quick), list_candidates, "cpu", effort, times, path)
         for entry, result in zip(list_entries(args.quick), times["cases"]):
             result["variance"] = {name: measure_variance(name, entry.case) for name in result["ms"]}

@@ -261,7 +261,7 @@ def test_cases_name_known_losses(program, quick, device):
 def test_the_full_set_has_its_groups():
     entries = loss.list_entries(False, "cpu")
     groups = {entry.group for entry in entries}
-    assert groups == {"goals", "length", "samples", "k", "scores", "peers", "dtype"}
+    assert groups == {"goals", "length", "samples", "k", "scores", "peers"}
     goals = [entry.case for entry in entries if entry.group == "goals"]
     assert {(c.L, c.n_sample, c.epsilon) for c in goals} == {
         (n, b, e) for n in loss.GOALS for b in (5, 10) for e in (1, 0.2)
@@ -276,7 +276,7 @@ def test_every_instruction_set_is_measured_and_the_best_one_stays(monkeypatch):
     monkeypatch.setattr(loss.topk_fast, "build_info", lambda: {"instruction_sets": sets})
     monkeypatch.setattr(loss.topk_fast, "_C", type("_C", (), {"use_isa": chosen.append}), raising=False)
     monkeypatch.setattr(loss.harness, "measure", lambda entries, *rest: groups.append((chosen[-1], entries[0].group)))
-    loss.measure_instruction_sets(Effort(3), {"cases": []}, None)
+    loss.measure_instruction_sets({"cases": []}, None)
     assert groups == [("best", "best"), ("other", "other")] and chosen[-1] == "best"
 
 
