@@ -100,7 +100,7 @@ cuda-host: $(CUDA_HOST)/installed
 $(CUDA_HOST)/installed:
 	python3 -m venv $(CUDA_HOST)
 	$(CUDA_HOST)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" "numpy<2.4" \
-	  "setuptools>=77" ninja pybind11 pytest pytest-benchmark
+	  "setuptools>=77" ninja pybind11 pytest
 	touch $@
 
 # A source distribution, and from it a wheel for every Python from 3.10 on and every torch from 2.11 on; in dist/.

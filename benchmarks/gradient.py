@@ -84,7 +84,6 @@ def measure_quality(samples: int, repetitions: int) -> list[dict]:
             loss = functional.bal_noised_topk_loss(leaf, target, K, EPSILON, n_sample, seed=seed, reduction="none")
             g = torch.autograd.grad(loss.sum(), leaf)[0].double()
             case = {"row": name, "activation": activation, "unit_variance": unit, "n_sample": n_sample}
-            case["open"] = (loss > 0).double().mean().item()
             out.append(case | estimate_moments(g, limit, unit / samples))
     return out
 
@@ -163,7 +162,6 @@ def compare_differences(length: int = 300, n: int = 12) -> list[dict]:
         out.append(
             {"loss": kind, "k": k, "n_sample": n_sample, "epsilon": epsilon, "sampler": sampler, "L": length, "h": h}
             | {"largest_entry": analytic.abs().max().item(), "largest_error": (analytic - numeric).abs().max().item()}
-            | {"largest_row_sum": analytic.sum(1).abs().max().item(), "densest_row": int((analytic != 0).sum(1).max())}
         )
     return out
 

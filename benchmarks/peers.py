@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks.cases import SAMPLES, Case
 from benchmarks.harness import Candidate
 from benchmarks.losses import FocalLoss, LDAMLoss, LogitAdjustedCrossEntropy, SmoothTopKSVM
-from topk_fast import BalNoisedTopK, ImbalNoisedTopK, SampledCrossEntropy
+from topk_fast import BalNoisedTopK, SampledCrossEntropy
 
 
 def make_pytopk(case: Case) -> nn.Module:
@@ -34,24 +34,10 @@ def make_difftopk(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     )
 
 
-def make_entmax(name: str) -> Callable[[Case], nn.Module]:
-    def make(case: Case) -> nn.Module:
-        import entmax
-
-        return getattr(entmax, name)()
-
-    return make
-
-
 PEERS = {
     "topk_fast": Candidate(
         lambda c: BalNoisedTopK(c.k, c.epsilon, c.n_sample),
         "this package's balanced loss, fresh noise in every call",
-        own=True,
-    ),
-    "topk_fast imbalanced": Candidate(
-        lambda c: ImbalNoisedTopK(c.k, c.epsilon, 0.3, c.count_classes(), n_sample=c.n_sample),
-        "this package's imbalanced loss, a margin for each class",
         own=True,
     ),
     "sampled cross-entropy": Candidate(
@@ -87,6 +73,4 @@ PEERS = {
         make_difftopk,
         "top-K cross-entropy through a differentiable sorting network over the 2 K (16 at least) best scores",
     ),
-    "sparsemax": Candidate(make_entmax("SparsemaxLoss"), "a loss of sparse probabilities, by a sort"),
-    "1.5-entmax": Candidate(make_entmax("Entmax15Loss"), "between softmax and sparsemax, by a sort"),
 }

@@ -8,6 +8,7 @@ rows whose figures have not been measured are left out.
 """
 
 import re
+from collections.abc import Callable
 from statistics import mean, stdev
 
 from benchmarks import ROOT
@@ -16,7 +17,7 @@ from benchmarks.markdown import grid, where
 
 IMAGES = ROOT / "docs" / "img"
 PAGES = ("README.md", "docs/choosing.md", "docs/performance.md", "docs/study.md")
-LOSSES = ("topk_fast", "sampled cross-entropy", "cross-entropy", "pytopk")
+LOSSES = ("cross-entropy", "topk_fast", "sampled cross-entropy", "pytopk")
 PLAIN = "linear + cross-entropy"
 # Of the sampled cross-entropy's time and memory to PLAIN, at L = 100 000; with sparse_grad the second of each.
 LINEAR_GOALS = {"time": (0.4, 0.35), "memory": (0.25, 0.1)}
@@ -33,48 +34,71 @@ def show(head: list[str], rows: list[list[str]], note: str, report: dict) -> str
     return f"{grid(head, rows)}\n\n{note} {where(report['environment'])}"
 
 
-def cases_of(report: dict, group: str) -> list[dict]:
-    """The cases of a group, those with many classes first."""
-    return sorted((c for c in report["cases"] if c["group"] == group), key=lambda c: -c["L"])
+def cases_of(report: dict, *groups: str) -> list[dict]:
+    """The cases of some groups, those with many classes first."""
+    return sorted((c for c in report["cases"] if c["group"] in groups), key=lambda c: -c["L"])
 
 
-def measured(cases: list[dict], names: tuple[str, ...] = LOSSES) -> list[str]:
-    return [name for name in names if all(name in c["ms"] for c in cases)]
+def time_and_ratio(case: dict, name: str) -> str:
+    """A time, in brackets its ratio to cross-entropy where that was measured."""
+    text = f"{ms(median(case, name))} ms"
+    if "cross-entropy" not in case["ms"]:
+        return text
+    ratio = median(case, name) / median(case, "cross-entropy")
+    return f"{text} ({ratio:{'.2g' if ratio < 100 else '.0f'}})"
 
 
-def time_and_ratio(case: dict, name: str, base: str = "cross-entropy") -> str:
-    ratio = median(case, name) / median(case, base)
-    return f"{ms(median(case, name))} ms ({ratio:{'.2g' if ratio < 100 else '.0f'}})"
+def times_table(cases: list[dict], columns: dict[str, Callable[[dict], str]], note: str, report: dict) -> str:
+    """A row of each case: its columns, by title, then the times of the losses."""
+    names = [name for name in LOSSES if all(name in c["ms"] for c in cases)]
+    rows = [[*(cell(c) for cell in columns.values()), *(time_and_ratio(c, name) for name in names)] for c in cases]
+    note += " The sampled cross-entropy has B = 16." * ("sampled cross-entropy" in names)
+    note += " In brackets stands the ratio to cross-entropy." * ("cross-entropy" in names)
+    return show([*columns, *names], rows, note, report) if cases else MISSING
+
+
+def shape(case: dict) -> str:
+    return f"{case['N']}, {case['L']}"
 
 
 def speed_table() -> str:
     """Many classes: the losses beside cross-entropy."""
     report = result("cpu")
     cases = [c for c in cases_of(report, "goals") if c["L"] >= 10_000 and (c["n_sample"], c["epsilon"]) == (5, 1)]
-    titles = {"topk_fast": "topk_fast, B = 5", "sampled cross-entropy": "sampled cross-entropy, B = 16"}
-    names = measured(cases, ("cross-entropy", "topk_fast", "sampled cross-entropy", "pytopk"))
-    rows = [[f"{c['N']}, {c['L']}", *(time_and_ratio(c, name) for name in names)] for c in cases]
-    head = ["N, L", *(titles.get(name, name) for name in names)]
-    note = "Forward + backward, K = 5, epsilon = 1, N(0, 1) scores; in brackets the ratio to cross-entropy."
-    return show(head, rows, note, report)
+    note = "Forward + backward, K = 5, B = 5 and epsilon = 1, on N(0, 1) scores."
+    return times_table(cases, {"N, L": shape}, note, report)
 
 
 def goals_table() -> str:
-    """Times beside the goals that the design sets."""
+    """Times beside the goals that the design sets for the top-K loss, as ratios to two other losses."""
     report = result("cpu")
-    cases, rows = cases_of(report, "goals"), []
-    names = measured(cases)
-    for c in cases:
-        ours, plain, theirs = (median(c, name) for name in ("topk_fast", "cross-entropy", "pytopk"))
-        to_plain, to_pytopk = report["goals"][str(c["L"])]
-        goal = f" ({to_plain:g})" if c["n_sample"] == 5 else ""
-        other_goal = f" (1/{1 / to_pytopk:.0f})" if c["n_sample"] == 10 else ""
-        shape = [f"{c['N']}, {c['L']}", str(c["n_sample"]), f"{c['epsilon']:g}"]
-        times = [f"{ms(median(c, name))} ms" for name in names]
-        rows.append([*shape, *times, f"{ours / plain:.2f}{goal}", f"1/{theirs / ours:.0f}{other_goal}"])
-    head = ["N, L", "B", "epsilon", *names, "to cross-entropy (goal)", "to pytopk (goal)"]
-    note = "The ratios are topk_fast's. The sampled cross-entropy has B = 16 in all rows."
-    return show(head, rows, note, report)
+
+    def goal(case: dict) -> str:
+        to_plain, to_pytopk = report["goals"][str(case["L"])]
+        return f"{to_plain:g} of cross-entropy" if case["n_sample"] == 5 else f"1/{1 / to_pytopk:.0f} of pytopk"
+
+    def reached(case: dict) -> str:
+        ours, plain, theirs = (median(case, name) for name in ("topk_fast", "cross-entropy", "pytopk"))
+        return f"{ours / plain:.2f}" if case["n_sample"] == 5 else f"1/{theirs / ours:.0f}"
+
+    columns = {"N, L": shape, "B": lambda c: str(c["n_sample"]), "epsilon": lambda c: f"{c['epsilon']:g}"}
+    columns |= {"goal": goal, "reached": reached}
+    return times_table(cases_of(report, "goals"), columns, "Forward + backward, K = 5, on N(0, 1) scores.", report)
+
+
+def scores_table() -> str:
+    """How the kind of the scores changes the time."""
+    report = result("cpu")
+    cases = cases_of(report, "scores")
+    columns = {"scores": lambda c: LOGITS.get(c["scores"], c["scores"]), "epsilon": lambda c: f"{c['epsilon']:g}"}
+    return times_table(cases, columns, f"N, L = {shape(cases[0])}, B = {cases[0]['n_sample']}.", report)
+
+
+def instructions_table() -> str:
+    """The losses under each instruction set."""
+    report = result("cpu")
+    cases = cases_of(report, *report["environment"]["instruction_sets"])
+    return times_table(cases, {"N, L": shape, "instructions": lambda c: c["group"]}, "B = 5.", report)
 
 
 def peers_table() -> str:
@@ -82,55 +106,21 @@ def peers_table() -> str:
     from benchmarks.peers import PEERS  # needs torch, which no other table does
 
     report = result("cpu")
-    cases = cases_of(report, "peers")
-    names = sorted(measured(cases, tuple(PEERS)), key=lambda name: median(cases[0], name))
-    rows = []
-    for name in names:
+    cases, rows = cases_of(report, "peers"), []
+    names = [name for name in PEERS if all(name in c["ms"] for c in cases)]
+    for name in sorted(names, key=lambda name: median(cases[0], name)):
         row = [f"**{name}**" if PEERS[name].own else name]
         for c in cases:
             peak = c["peak_bytes"].get(name)
             row += [time_and_ratio(c, name), "-" if peak is None else f"{peak / (4 * c['N'] * c['L']):.1f}"]
         rows.append(row + [PEERS[name].compared])
-    head = ["loss"]
-    for c in cases:
-        head += [f"N, L = {c['N']}, {c['L']}", "memory"]
+    head = ["loss", *(title for c in cases for title in (f"N, L = {shape(c)}", "memory")), "what it is"]
     note = (
         f"Forward + backward, K = {cases[0]['k']}, B = {cases[0]['n_sample']}, epsilon = {cases[0]['epsilon']:g}, "
         "N(0, 1) scores; in brackets the ratio to cross-entropy; peak extra memory in units of the scores, the "
         "gradient (1.0) included."
     )
-    return show(head + ["what it is"], rows, note, report)
-
-
-def scores_table() -> str:
-    """How the kind of the scores changes the time."""
-    report = result("cpu")
-    cases = cases_of(report, "scores")
-    names, rows = measured(cases)[1:], []
-    for kind in dict.fromkeys(c["scores"] for c in cases):
-        alike = [c for c in cases if c["scores"] == kind]
-        row = [LOGITS.get(kind, kind)]
-        row += [time_and_ratio(c, "topk_fast") for c in alike]
-        rows.append(row + [f"{ms(median(alike[-1], name))} ms" for name in names])
-    head = ["scores", *(f"topk_fast, epsilon {c['epsilon']:g}" for c in alike), *names]
-    n, length, b = (cases[0][key] for key in ("N", "L", "n_sample"))
-    note = f"N, L = {n}, {length}, B = {b}, of the sampled cross-entropy 16; in brackets the ratio to cross-entropy."
     return show(head, rows, note, report)
-
-
-def instructions_table() -> str:
-    """The losses under each instruction set."""
-    report = result("cpu")
-    sets = [name for name in report["environment"]["instruction_sets"] if cases_of(report, name)]
-    if not sets:
-        return MISSING
-    rows = []
-    for alike in zip(*(cases_of(report, name) for name in sets)):
-        for name in measured(alike):
-            times = [f"{ms(median(c, name))} ms" for c in alike]
-            rows.append([f"{alike[0]['N']}, {alike[0]['L']}", name, *times])
-    note = "B = 5, of the sampled cross-entropy 16."
-    return show(["N, L", "loss", *sets], rows, note, report)
 
 
 def linear_table() -> str:
@@ -138,15 +128,14 @@ def linear_table() -> str:
     report = result("linear_cpu")
     rows = []
     for case in cases_of(report, "linear"):
-        plain, plain_bytes, shape = case["ms"][PLAIN]["both"]["median"], case["peak_bytes"][PLAIN], "{N}, {D}, {L}"
+        plain, plain_bytes = case["ms"][PLAIN]["both"]["median"], case["peak_bytes"][PLAIN]
+        first = "{N}, {D}, {L}".format(**case)
         for name, parts in case["ms"].items():
             t, peak = {part: value["median"] for part, value in parts.items()}, case["peak_bytes"][name]
-            rows.append(
-                [shape.format(**case), name, f"{t['forward']:.0f} ms", f"{t['backward']:.0f} ms"]
-                + [f"{t['both']:.0f} ms ({t['both'] / plain:.2f})", f"{t['optimizer']:.1f} ms"]
-                + [f"{peak / 2**20:.0f} MiB ({peak / plain_bytes:.2f})"]
-            )
-        rows += [[shape.format(**case), name, *[""] * 4, reason] for name, reason in case["left_out"].items()]
+            row = [first, name, f"{t['forward']:.0f} ms", f"{t['backward']:.0f} ms"]
+            row += [f"{t['both']:.0f} ms ({t['both'] / plain:.2f})", f"{t['optimizer']:.1f} ms"]
+            rows.append(row + [f"{peak / 2**20:.0f} MiB ({peak / plain_bytes:.2f})"])
+        rows += [[first, name, *[""] * 4, reason] for name, reason in case["left_out"].items()]
     head = ["N, D, L", "", "forward", "backward", "both", "optimizer", "peak extra memory"]
     (time, sparse_time), (memory, sparse_memory) = LINEAR_GOALS["time"], LINEAR_GOALS["memory"]
     note = (

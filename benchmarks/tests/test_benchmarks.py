@@ -321,7 +321,7 @@ def test_samples_add_their_share_of_the_variance_of_the_labels():
 
 def test_gradients_of_both_laws_agree_with_differences():
     for case in (found := gradient.compare_differences(40, 3)):
-        assert case["largest_error"] < 1e-7 * case["largest_entry"] and case["largest_row_sum"] < 1e-12, case
+        assert case["largest_error"] < 1e-7 * case["largest_entry"], case
     assert {case["loss"] for case in found} == {"balanced", "imbalanced", "sampled cross-entropy"}
 
 
@@ -376,14 +376,14 @@ def test_columns_without_figures_are_left_out(monkeypatch):
     report = {"cases": [make_case("goals", n, times) for n in (1000, 10_000, 50_000)], "environment": ENVIRONMENT}
     monkeypatch.setattr(tables, "result", lambda name: report)
     head, _, first, second, *_ = tables.speed_table().splitlines()
-    assert head == "| N, L | cross-entropy | topk_fast, B = 5 | pytopk |"
+    assert head == "| N, L | cross-entropy | topk_fast | pytopk |"
     assert first == "| 2, 50000 | 2 ms (1) | 1 ms (0.5) | 400 ms (200) |" and second.startswith("| 2, 10000 |")
     for case in report["cases"]:
         case["ms"]["sampled cross-entropy"] = {"median": 0.5}
-    assert "| sampled cross-entropy, B = 16 |" in tables.speed_table().splitlines()[0]
+    assert "| sampled cross-entropy |" in tables.speed_table().splitlines()[0]
 
 
-def test_instruction_sets_stand_side_by_side(monkeypatch):
+def test_instruction_sets_stand_together(monkeypatch):
     report = {"cases": [], "environment": ENVIRONMENT}
     monkeypatch.setattr(tables, "result", lambda name: report)
     assert tables.instructions_table() == tables.MISSING
@@ -391,7 +391,8 @@ def test_instruction_sets_stand_side_by_side(monkeypatch):
         make_case(name, n, {"topk_fast": t}) for name, t in (("avx512", 1.0), ("avx2", 2.0)) for n in (9, 99)
     ]
     rows = tables.instructions_table().splitlines()
-    assert rows[0] == "| N, L | loss | avx512 | avx2 |" and rows[2] == "| 2, 99 | topk_fast | 1 ms | 2 ms |"
+    assert rows[0] == "| N, L | instructions | topk_fast |"
+    assert rows[2:4] == ["| 2, 99 | avx512 | 1 ms |", "| 2, 99 | avx2 | 2 ms |"]
 
 
 def test_a_time_that_is_missing_says_why():
@@ -544,7 +545,6 @@ ABSENT = (
     "matplotlib",
     "pytopk",
     "difftopk",
-    "entmax",
     "torchmetrics",
     "accelerate",
     "sklearn",
@@ -552,14 +552,13 @@ ABSENT = (
 
 
 def test_make_gpu_needs_few_packages():
-    """Torch, Triton, pytest with its benchmark plug-in, numpy and scipy suffice for its imports."""
+    """Torch, Triton, pytest, numpy and scipy suffice for its imports."""
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))\n"
         "from benchmarks import gpu, loss, linear\n"
         "print(len(loss.list_entries(False, 'cuda')))\n"
         "import pytest\n"
-        "plugins = ['-p', 'pytest_benchmark.plugin', '-p', 'no:cacheprovider']\n"
-        "raise SystemExit(pytest.main(['--collect-only', '-m', 'not host', *plugins, *gpu.TESTS]))"
+        "raise SystemExit(pytest.main(['--collect-only', '-m', 'not host', '-p', 'no:cacheprovider', *gpu.TESTS]))"
     )
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-for needed in ("pytopk", "difftopk", "entmax"):
+for needed in ("pytopk", "difftopk"):
     pytest.importorskip(needed, reason=f"{needed} is a peer that the package itself does not need")
 
 from difftopk.smooth_topk import Topk_Smooth_SVM  # noqa: E402
