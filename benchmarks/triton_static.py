@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 if os.environ.pop("TRITON_INTERPRET", None):
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # the interpreter compiles nothing
@@ -69,35 +69,21 @@ CASES = [
 QUICK = [CASES[i] for i in (4, 5, 8, 9)]
 
 
-class Compiler:
-    """Stands in for a Triton driver: names a target, loads and launches nothing."""
-
-    def __init__(self, target, device):
-        self.target, self.device, self.utils = target, device, self
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self.device
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 48 << 10}  # what every device has
-
-    def load_binary(self, name, kernel, shared, device):
-        return object(), object(), 0, 0, 1024
-
-    def launcher_cls(self, source, metadata):
-        return lambda *args: None
+def stand_in(target: GPUTarget, device: tuple) -> MagicMock:
+    """A Triton driver that names a target, and loads and launches nothing."""
+    driver = MagicMock()
+    driver.get_current_target.return_value = target
+    driver.get_current_device.return_value = device
+    driver.get_current_stream.return_value = 0
+    driver.utils.get_device_properties.return_value = {"max_shared_mem": 48 << 10}  # what every device has
+    driver.utils.load_binary.return_value = object(), object(), 0, 0, 1024
+    return driver
 
 
 def compiled(target: GPUTarget, label, run, kernels=KERNELS) -> list:
     """The kernels among ``kernels`` that ``run()`` launches, compiled for ``target``; ``label`` names the run."""
     device = (target.backend, target.arch, label)
-    triton.runtime.driver.set_active(Compiler(target, device))
+    triton.runtime.driver.set_active(stand_in(target, device))
     layout.HIP, layout.processors = target.backend == "hip", lambda device: 132  # those of an H100
     layout.layout_of.cache_clear()
     launch._COMPILED.clear()
@@ -115,18 +101,6 @@ def steps(case: Case, scores=None):
     launch.gradient(excess, classes, target, -100, 0, case.n_classes, case.dtype)
 
 
-class Uncompiled:
-    """Stands in for a compiled kernel."""
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *args):
-        return None
-
-    def run(self, *args):
-        return None
-
-
 class Forgetful(dict):
     """Stands in for the launcher's kernels: it takes note of what is asked for, and has none of it."""
 
@@ -138,7 +112,7 @@ def variants(calls) -> tuple[int, int]:
     """How many kernels Triton would compile for ``calls``, and how many the launcher tells apart."""
 
     def compile_nothing(function, key, signature, device, *rest):
-        return function.device_caches[device][0].setdefault(key, Uncompiled())
+        return function.device_caches[device][0].setdefault(key, MagicMock())
 
     launcher = Forgetful()
     with patch.object(triton.runtime.JITFunction, "_do_compile", compile_nothing):
