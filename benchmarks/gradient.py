@@ -175,10 +175,10 @@ def list_entries(quick: bool) -> list[Entry]:
     return out
 
 
-def measure_variance(name: str, case: Case) -> float:
+def measure_variance(name: str, case: Case, device: str) -> float:
     """The variance of the gradient of a row's own loss, summed over the classes; the mean over rows."""
-    batch = case.make_batch("cpu")
-    step, gradients = harness.Step(list_candidates("cpu")[name], case, batch, "cpu"), []
+    batch = case.make_batch(device)
+    step, gradients = harness.Step(list_candidates(device)[name], case, batch, device), []
     for _ in range(8):
         step.run()
         gradients.append(batch.leaves[0].grad.double() * case.N)
@@ -206,9 +206,9 @@ def main(argv: list[str] | None = None) -> None:
         harness.write(RESULTS / "gradient.json", report)
     if not args.no_times:
         effort = Effort(3, 0.2) if args.quick else Effort(15, 2.0)
-        harness.measure(list_entries(args.quick), list_candidates, "cpu", effort, times, path)
+        harness.measure(list_entries(args.quick), list_candidates, args.device, effort, times, path)
         for entry, result in zip(list_entries(args.quick), times["cases"]):
-            result["variance"] = {name: measure_variance(name, entry.case) for name in result["ms"]}
+            result["variance"] = {name: measure_variance(name, entry.case, args.device) for name in result["ms"]}
         if path is not None:
             harness.write(path, times)
 
