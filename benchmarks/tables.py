@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 from benchmarks import ROOT
 from benchmarks.committed import bias_is_seen, median, result
-from benchmarks.markdown import grid, where
+from benchmarks.markdown import grid, ms, show, time_and_ratio, where
 
 IMAGES = ROOT / "docs" / "img"
 PAGES = ("README.md", "docs/choosing.md", "docs/performance.md", "docs/study.md")
@@ -25,27 +25,9 @@ LOGITS = {"species": "logits of the 16S model", "species_logits": "logits of the
 MISSING = "`make bench-full` measures these figures; they have not been measured yet."
 
 
-def ms(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def show(head: list[str], rows: list[list[str]], note: str, report: dict) -> str:
-    """A table, and below it what it has and what it was measured with."""
-    return f"{grid(head, rows)}\n\n{note} {where(report['environment'])}"
-
-
 def cases_of(report: dict, *groups: str) -> list[dict]:
     """The cases of some groups, those with many classes first."""
     return sorted((c for c in report["cases"] if c["group"] in groups), key=lambda c: -c["L"])
-
-
-def time_and_ratio(case: dict, name: str) -> str:
-    """A time, in brackets its ratio to cross-entropy where that was measured."""
-    text = f"{ms(median(case, name))} ms"
-    if "cross-entropy" not in case["ms"]:
-        return text
-    ratio = median(case, name) / median(case, "cross-entropy")
-    return f"{text} ({ratio:{'.2g' if ratio < 100 else '.0f'}})"
 
 
 def times_table(cases: list[dict], columns: dict[str, Callable[[dict], str]], note: str, report: dict) -> str:
