@@ -43,8 +43,9 @@ study: build
 	$(PYTHON) -m benchmarks.study --collect
 	$(MAKE) tables
 
-# A quick look: the goals and the peers; prints only. bench-full writes benchmarks/results, on an idle machine.
+# A quick look: each op, the goals and the peers; prints only. bench-full writes benchmarks/results, on an idle machine.
 bench: build
+	$(PYTHON) -m pytest benchmarks/test_micro.py --benchmark-enable --benchmark-columns=min,median,iqr,rounds
 	$(PYTHON) -m benchmarks.loss --quick $(ARGS)
 
 # One commit for all of it: the first results make the tree dirty.
@@ -100,7 +101,7 @@ cuda-host: $(CUDA_HOST)/installed
 $(CUDA_HOST)/installed:
 	python3 -m venv $(CUDA_HOST)
 	$(CUDA_HOST)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)" "numpy<2.4" \
-	  "setuptools>=77" ninja pybind11 pytest
+	  "setuptools>=77" ninja pybind11 pytest pytest-benchmark
 	touch $@
 
 # A source distribution, and from it a wheel for every Python from 3.10 on and every torch from 2.11 on; in dist/.
