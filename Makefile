@@ -45,7 +45,7 @@ study: build
 
 # A quick look: each op, the goals and the peers; prints only. bench-full writes benchmarks/results, on an idle machine.
 bench: build
-	$(PYTHON) -m pytest benchmarks/test_micro.py --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+	$(PYTHON) -m pytest benchmarks/test_micro.py --benchmark-columns=min,median,iqr,rounds
 	$(PYTHON) -m benchmarks.loss --quick $(ARGS)
 
 # One commit for all of it: the first results make the tree dirty.

@@ -3,7 +3,7 @@
 They measure the process CPU time of one thread. `make test` does not collect this file; `make bench` runs it. This runs
 one group:
 
-    python -m pytest benchmarks/test_micro.py --benchmark-enable -k "step and 1000"
+    python -m pytest benchmarks/test_micro.py -k "step and 1000"
 """
 
 import time
