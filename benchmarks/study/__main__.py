@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.study.jobs import PLANS, collect, jobs, records
+from benchmarks.study.jobs import ABLATED, PLANS, ablation_jobs, collect, jobs, left_of, records
 from benchmarks.study.runs import run
 from examples.machine import stamp
 from examples.tasks import load
@@ -53,10 +53,12 @@ def main() -> None:
     path = args.out / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.workers, torch.set_num_threads, (1,)) as pool, path.open("w", buffering=1) as file:
-        for name in args.data:
-            while left := jobs(name, records(args.out, args.result))[1]:
-                done = pool.imap_unordered(partial(run, cache=args.cache), left)
-                for record in tqdm(done, name, total=len(left), unit="run"):
+        stages = [(name, partial(jobs, name)) for name in args.data]
+        stages += [("ablations", ablation_jobs)] * (ABLATED in args.data)
+        for name, wanted in stages:
+            while left := left_of(wanted(done := records(args.out, args.result)), done):
+                results = pool.imap_unordered(partial(run, cache=args.cache), left)
+                for record in tqdm(results, name, total=len(left), unit="run"):
                     file.write(json.dumps(record | origin) + "\n")
 
 

@@ -54,45 +54,61 @@ ABLATIONS: dict[str, dict[str, Sequence]] = {
 }
 
 
-def settings_of(loss: str, trials: int) -> list[dict]:
-    """The settings that a loss tries.
+def settings_of(loss: str, data: str) -> list[dict]:
+    """The settings that a loss tries on a data set.
 
     Learning rate and weight decay come from one Sobol sequence, which is the same for all losses, the loss's own
     settings from another, and eps takes each of its values in turn.
     """
+    trials = PLANS[data].trials
     common, own = draw_points(OPTIMIZER, trials, TRIAL_SEED), draw_points(LOSSES[loss].space, trials, TRIAL_SEED + 1)
     return [a | {"eps": EPS[i % len(EPS)]} | b for i, (a, b) in enumerate(zip(common, own))]
 
 
-def jobs(data: str, done: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The jobs of a data set, as far as they are known, and those of them that are left to do.
-
-    The trials come first. Once a loss's trials are done, its best trial is run on the test rows.
-    """
+def job_of(stage: str, data: str, loss: str, settings: dict, seed: int) -> dict:
     plan = PLANS[data]
+    length = {"epochs": plan.epochs, "batch": plan.batch, "keep_by": plan.keep_by}
+    return {"stage": stage, "data": data, "loss": loss, "settings": settings, "seed": seed} | length
 
-    def job(stage: str, loss: str, settings: dict, seed: int) -> dict:
-        length = {"epochs": plan.epochs, "batch": plan.batch, "keep_by": plan.keep_by}
-        return {"stage": stage, "data": data, "loss": loss, "settings": settings, "seed": seed} | length
 
-    have = {key_of(record): record for record in done}
-    wanted = []
-    for loss in plan.losses:
-        trials = [job("trial", loss, settings, TRIAL_SEED) for settings in settings_of(loss, plan.trials)]
-        wanted += trials
+def chosen_settings(data: str, done: list[dict]) -> dict[str, dict]:
+    """The settings of the best trial of each loss whose trials are all done."""
+    have, chosen = {key_of(record): record for record in done}, {}
+    for loss in PLANS[data].losses:
+        trials = [job_of("trial", data, loss, settings, TRIAL_SEED) for settings in settings_of(loss, data)]
         found = [have[key_of(trial)] for trial in trials if key_of(trial) in have]
-        if len(found) < len(trials):
-            continue
-        best = max(found, key=lambda record: record[plan.keep_by])["settings"]
-        wanted += [job("test", loss, best, seed) for seed in SEEDS]
-        if data == ABLATED:
-            wanted += [
-                job(f"ablation of {key}", loss, best | {key: value}, seed)
-                for key, values in ABLATIONS.get(loss, {}).items()
-                for value in values
-                for seed in ABLATION_SEEDS
-            ]
-    return wanted, [job for job in wanted if key_of(job) not in have]
+        if len(found) == len(trials):
+            chosen[loss] = max(found, key=lambda record: record[PLANS[data].keep_by])["settings"]
+    return chosen
+
+
+def jobs(data: str, done: list[dict]) -> list[dict]:
+    """The jobs of a data set, as far as they are known: all trials, and the best ones again, on the test rows."""
+    trials = [
+        job_of("trial", data, loss, settings, TRIAL_SEED)
+        for loss in PLANS[data].losses
+        for settings in settings_of(loss, data)
+    ]
+    chosen = chosen_settings(data, done)
+    return trials + [job_of("test", data, loss, best, seed) for loss, best in chosen.items() for seed in SEEDS]
+
+
+def ablation_jobs(done: list[dict]) -> list[dict]:
+    """The jobs that vary one setting, of the losses whose other settings are chosen."""
+    chosen = chosen_settings(ABLATED, done)
+    return [
+        job_of(f"ablation of {key}", ABLATED, loss, chosen[loss] | {key: value}, seed)
+        for loss, keys in ABLATIONS.items()
+        if loss in chosen
+        for key, values in keys.items()
+        for value in values
+        for seed in ABLATION_SEEDS
+    ]
+
+
+def left_of(wanted: list[dict], done: list[dict]) -> list[dict]:
+    have = {key_of(record) for record in done}
+    return [job for job in wanted if key_of(job) not in have]
 
 
 def key_of(job: dict) -> str:
@@ -113,7 +129,9 @@ def collect(folder: Path, cache: Path, path: Path) -> None:
     have, found, described = records(folder, path), [], {}
     by_key = {key_of(record): record for record in have}
     for name, plan in PLANS.items():
-        wanted, left = jobs(name, have)
+        wanted = jobs(name, have)
+        left = left_of(wanted, have)
+        wanted += ablation_jobs(have) if name == ABLATED else []
         found += [by_key[key_of(job)] for job in wanted if key_of(job) in by_key]
         if left:
             print(f"{name}: at least {len(left)} runs are missing; continue with: python -m benchmarks.study")

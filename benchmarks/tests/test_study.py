@@ -125,35 +125,35 @@ def test_only_the_final_runs_see_test_rows(monkeypatch, tiny):
 
 def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     plan = jobs.PLANS["features"]
-    first, left = jobs.jobs("features", [])
-    assert left == first and {job["stage"] for job in first} == {"trial"}
-    assert len(first) == len(plan.losses) * plan.trials
+    first = jobs.jobs("features", [])
+    assert {job["stage"] for job in first} == {"trial"} and len(first) == len(plan.losses) * plan.trials
+    assert jobs.ablation_jobs([]) == []
     done = [job | {plan.keep_by: place / 1000} for place, job in enumerate(first)]
-    assert jobs.jobs("features", done[:3])[1] == first[3:]
-    wanted, left = jobs.jobs("features", done + done[:5] + [done[0] | {"epochs": 1}])  # repeated, and of old
-    tests = [job for job in left if job["stage"] == "test"]
-    assert len(tests) == len(plan.losses) * len(jobs.SEEDS)
+    assert jobs.left_of(jobs.jobs("features", done[:3]), done[:3]) == first[3:]
+    done += done[:5] + [done[0] | {"epochs": 1}]  # repeated, and of an older plan
+    tests = jobs.left_of(jobs.jobs("features", done), done)
+    assert {job["stage"] for job in tests} == {"test"} and len(tests) == len(plan.losses) * len(jobs.SEEDS)
     for job in tests:  # the last trial of a loss is its best here
         assert job["settings"] == [t for t in first if t["loss"] == job["loss"]][-1]["settings"]
-    ablations = [job for job in left if job["stage"] == "ablation of epsilon"]
+    ablations = [job for job in jobs.ablation_jobs(done) if job["stage"] == "ablation of epsilon"]
     assert {job["settings"]["epsilon"] for job in ablations if job["loss"] == BALANCED} == set(
         jobs.ABLATIONS[BALANCED]["epsilon"]
     )
-    assert jobs.jobs("features", done + left) == (wanted, [])
-    assert all(job["stage"] == "trial" for job in jobs.jobs("glyphs", done)[0])
+    assert jobs.left_of(jobs.jobs("features", done), done + tests) == []
+    assert all(job["stage"] == "trial" for job in jobs.jobs("glyphs", done))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_settings_are_drawn_inside_their_bounds_and_again_the_same(loss):
-    drawn, space = jobs.settings_of(loss, 9), OPTIMIZER | LOSSES[loss].space
-    assert drawn == jobs.settings_of(loss, 9)
+    drawn, space = jobs.settings_of(loss, "kanji"), OPTIMIZER | LOSSES[loss].space
+    assert drawn == jobs.settings_of(loss, "kanji")
     assert all(low <= point[key] <= high for point in drawn for key, (low, high) in space.items())
     assert [point["eps"] for point in drawn] == [*EPS] * 3  # each as often
 
 
 @pytest.mark.parametrize("data", jobs.PLANS)
 def test_all_losses_get_the_same_optimizers(data):
-    trials = jobs.jobs(data, [])[0]
+    trials = jobs.jobs(data, [])
     common = [
         [tuple(j["settings"][name] for name in ("lr", "weight_decay", "eps")) for j in trials if j["loss"] == loss]
         for loss in jobs.PLANS[data].losses
@@ -168,14 +168,14 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path):
 
 def test_the_study_resumes_from_what_was_collected(monkeypatch, tmp_path, tiny, capsys):
     monkeypatch.setattr(jobs, "load", lambda name, cache: tiny)
-    first = jobs.jobs("kanji", [])[0]
+    first = jobs.jobs("kanji", [])
     made = [job | {"top-5": 0.5, "commit": "abc", "date": "2026-01-01"} for job in first[:7]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
     jobs.collect(tmp_path, tmp_path, tmp_path / "study.json")
     assert f"kanji: at least {len(first) - 7} runs are missing" in capsys.readouterr().out
     (tmp_path / "a.jsonl").unlink()
     found = jobs.records(tmp_path, tmp_path / "study.json")
-    assert found == made and jobs.jobs("kanji", found)[1] == first[7:]
+    assert found == made and jobs.left_of(jobs.jobs("kanji", found), found) == first[7:]
     assert not json.loads((tmp_path / "study.json").read_text())["data"]["kanji"]["complete"]
 
 
