@@ -15,6 +15,7 @@ if not (Path(__file__).parent / "triton_kernels").is_dir():
 
 from . import functional
 from .backends import available_backends, build_info
+from .clipping import clip_grad_norm_
 from .heads import LinearHead
 from .nn import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NoisedTopKLoss, NormedLinear, SampledCrossEntropy
 
@@ -31,5 +32,6 @@ __all__ = [
     "__version__",
     "available_backends",
     "build_info",
+    "clip_grad_norm_",
     "functional",
 ]

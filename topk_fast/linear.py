@@ -67,9 +67,9 @@ def linear_noised_topk_loss(
             for up to 1024 rows. Where that is all of them the loss equals the unfused one bit for bit, if its logits
             do; with ``sampler="dense"`` it does for any chunk size, and with the thinned one in distribution.
         sparse_grad: the weight's gradient as a coalesced row-sparse tensor of the at most N * (B * M + 1) rows that are
-            not zero, for M ranks, for :class:`torch.optim.SparseAdam` and :class:`torch.optim.SGD`; the bias's
-            likewise. Then weight and bias must be leaves of the graph, and DistributedDataParallel, FSDP2 and full
-            graphs of torch.compile raise.
+            not zero, for M ranks; the bias's likewise. :class:`torch.optim.SparseAdam`, :class:`torch.optim.Adagrad`,
+            :class:`torch.optim.SGD` and :func:`topk_fast.clip_grad_norm_` take them. Then weight and bias must be
+            leaves of the graph, and DistributedDataParallel, FSDP2 and full graphs of torch.compile raise.
         offset: as in :func:`~topk_fast.functional.noised_topk_loss`; it joins the bias.
         process_group: ranks over which the classes are sharded: linear_weight and linear_bias hold this rank's,
             contiguous in the order of ranks, any number of them; input, target, margins, weight, offset and all else

@@ -7,6 +7,7 @@ here. Bit for bit with the dense sampler; in distribution with the thinned one.
 import copy
 import datetime
 import functools
+import math
 import multiprocessing
 import os
 import re
@@ -17,12 +18,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import stats
+from torch.nn.utils import clip_grads_with_norm_
 
 from testing import BACKENDS
 from topk_fast import (
     BalNoisedTopK,
     ImbalNoisedTopK,
     LinearHead,
+    clip_grad_norm_,
     sharding,
 )
 from topk_fast.functional import (
@@ -517,11 +520,13 @@ def modules_case(rank, world, sizes, name):
 
 
 def recipe_case(rank, world, sizes):
-    """docs/sharding.md: each rank its own rows, features gathered, parts of the trunk's gradient added up."""
+    """docs/sharding.md: each rank its own rows, features gathered, parts of the trunk's gradient added up, clipping by
+    the norm over all ranks' rows."""
     torch.manual_seed(3)
     trunk = torch.nn.Linear(D, D)
     group = None if world == 0 else dist.group.WORLD
-    head = LinearHead(D, L, BalNoisedTopK(K, 0.5, seed=4, sampler="dense"), process_group=group)
+    criterion = BalNoisedTopK(K, 0.5, seed=4, sampler="dense")
+    head = LinearHead(D, L, criterion, sparse_grad=True, process_group=group)
     x, y = randn(8, D, seed=6), torch.arange(8) * 7
     if world == 0:
         loss = head(trunk(x), y)
@@ -537,7 +542,21 @@ def recipe_case(rank, world, sizes):
         loss.backward()
         for parameter in trunk.parameters():
             dist.all_reduce(parameter.grad)
-    return loss.detach(), *(p.grad for p in trunk.parameters())
+    parameters = [*trunk.parameters(), *head.parameters()]
+    if world == 0:
+        norms = [clip_grad_norm_(parameters, 0.1), clip_grad_norm_(parameters, math.inf)]
+    else:
+        norms = [norm_of_all_ranks(trunk, head)]
+        clip_grads_with_norm_(parameters, 0.1, norms[0])
+        norms.append(norm_of_all_ranks(trunk, head))
+    assert norms[0] > 0.2 and norms[1] < 0.1001
+    return loss.detach(), *norms, *(p.grad for p in trunk.parameters())
+
+
+def norm_of_all_ranks(trunk, head):
+    squares = clip_grad_norm_(head.parameters(), math.inf).square()
+    dist.all_reduce(squares)
+    return (clip_grad_norm_(trunk.parameters(), math.inf).square() + squares).sqrt()
 
 
 def logits_case(rank, world, sizes):

@@ -13,11 +13,11 @@ import topk_fast
 from benchmarks import tables
 from benchmarks.committed import digest
 from testing import ROOT
-from topk_fast import backends, functional, heads, linear, nn, noise
+from topk_fast import backends, clipping, functional, heads, linear, nn, noise
 
 
 @pytest.mark.parametrize(
-    "module", [topk_fast, backends, functional, heads, linear, nn, noise], ids=lambda m: m.__name__
+    "module", [topk_fast, backends, clipping, functional, heads, linear, nn, noise], ids=lambda m: m.__name__
 )
 def test_docstrings(module):
     result = doctest.testmod(module)
