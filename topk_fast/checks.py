@@ -129,13 +129,13 @@ def check_positive(name, value):
     return value
 
 
-def check_ranks(k, low: int, high: int, high_name: str | None = None) -> tuple[int, ...]:
+def check_ranks(k, low: int, high: int, high_name: str | None = None, name: str = "k") -> tuple[int, ...]:
     """An int, or a sequence of ints, each ``low`` to ``high``, which the errors call ``high_name``."""
     if not isinstance(k, Sequence) or isinstance(k, (str, bytes)):
-        return (check_integer("k", k, low, high, high_name),)
+        return (check_integer(name, k, low, high, high_name),)
     if not 1 <= len(k) <= MOST_RANKS:
-        raise ValueError(f"k must be an int or a sequence of 1 to {MOST_RANKS} ints, got {len(k)} of them")
-    return tuple(check_integer("k", one, low, high, high_name) for one in k)
+        raise ValueError(f"{name} must be an int or a sequence of 1 to {MOST_RANKS} ints, got {len(k)} of them")
+    return tuple(check_integer(name, one, low, high, high_name) for one in k)
 
 
 def check_top(k, n_classes: int | None, *, least: int = 0, several: bool = True) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """A module that owns a classifier's weight and computes its loss in one step, for up to millions of classes."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,12 +109,46 @@ class LinearHead(Module):
                 own = local[at : at + max(0, len(block) - skipped)]
                 own.copy_(block[skipped : skipped + len(own)])
 
-    def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        """The loss of features [N, D] or [..., D] and true classes [N] or [...]."""
+    def forward(
+        self, features: Tensor, target: Tensor, return_hits: int | Sequence[int] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        r"""The loss, and where they are asked for the hits of the same pass, of which top-K accuracies are made.
+
+        .. math:: hit_K(x, y) = [\,y \text{ is one of the } K \text{ classes with the largest } s_j\,]
+
+        The hits rank the clean logits, as :meth:`topk` does, in the walk over the classes that finds the loss: there is
+        no second matmul, and the loss keeps its bits.
+
+        Args:
+            features: [N, D] or [..., D].
+            target: true classes [N] or [...].
+            return_hits: K, or several, each 1 to L. A criterion with an ``offset`` has none, because its logits are not
+                those of a prediction.
+
+        Returns:
+            The loss as :func:`~topk_fast.functional.linear_noised_topk_loss` returns it. With ``return_hits`` the loss
+            and a bool tensor of target's shape, which has a last dimension for the Ks where they are a sequence; False
+            in rows whose target is ``ignore_index`` and in rows with a NaN. It is the same on all ranks of a
+            ``process_group``.
+
+        Example:
+            >>> import torch
+            >>> from topk_fast import BalNoisedTopK, LinearHead
+            >>> head = LinearHead(2, 3, BalNoisedTopK(1, epsilon=0.5), bias=False)
+            >>> head.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+            >>> features, target = torch.tensor([[1.0, 2.0], [1.0, -3.0]]), torch.tensor([1, 0])
+            >>> loss, hits = head(features, target, return_hits=(1, 2))
+            >>> hits
+            tensor([[False,  True],
+                    [ True,  True]])
+            >>> hits.float().mean(0)  # top-1 and top-2 accuracy
+            tensor([0.5000, 1.0000])
+        """
         loss = self.criterion.as_request()
         loss = loss._replace(options=loss.options._replace(process_group=self.process_group))
-        linear = Linear(self.weight, self.bias, self.normalize, self.chunk_size, self.sparse_grad)
-        return linear_losses.evaluate(features, target, linear, loss)
+        linear = Linear(self.weight, self.bias, self.normalize, self.chunk_size, self.sparse_grad, return_hits)
+        value, hits = linear_losses.evaluate_with_hits(features, target, linear, loss)
+        return value if hits is None else (value, hits)
 
     def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ``k`` best logits and classes of every row, see :func:`~topk_fast.functional.linear_topk`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import checks, linear_losses, ops, sharding
 from .criterion import Criterion
 from .linear_gradient import unit_rows
-from .request import Labels, Linear, LossRequest, Noise, Options
+from .request import Labels, Linear, LossRequest, Options, without_noise
 
 
 def linear_noised_topk_loss(
@@ -263,7 +263,7 @@ def linear_topk(
         k = _check_k(k, n_classes if group is None else None)
         backend = linear_losses.resolve(backend, rows, layer, k)
         seed = torch.zeros((), dtype=torch.int64, device=rows.device)
-        no_noise = Noise(seed, (k,), epsilon=0.0, schedule=None, n_sample=1, law=0, dense=False)
+        no_noise = without_noise(seed, k)
         labels = Labels(rows.new_zeros(len(rows), dtype=torch.int64))
         shards = meeting.agree(
             n_classes,
@@ -279,7 +279,7 @@ def linear_topk(
     bias = None if linear.bias is None else linear.bias.detach()
     first_class = 0 if shards is None else shards.first_class
     walk = ops.kernel("linear_candidates", backend)
-    *found, true_score = walk(rows, linear.weight.detach(), bias, None, *no_noise, *layer, first_class)
+    *found, true_score, _, _ = walk(rows, linear.weight.detach(), bias, None, *no_noise, *layer, first_class)
     if shards is not None:
         *found, _ = shards.merge_lists(*found, true_score, labels.target)
     values, classes = found

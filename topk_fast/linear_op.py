@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from . import checks, ops, reference
 from .linear_gradient import Spread, prepare
-from .request import LABELS, LAYER, NOISE, Labels, Layer, LinearSearch, Noise, Place
+from .request import LABELS, LAYER, NOISE, Labels, Layer, LinearSearch, Noise, Place, without_noise
 
 _ROWS = 1024  # of a tile: enough for a matmul at full speed
 _BYTES = {"cpu": 16 << 20}  # of a tile of logits; elsewhere _BYTES_ON_DEVICE
@@ -37,13 +37,15 @@ def count_chunk(chunk_size: int | None, rows: Tensor, weight: Tensor, dtype: tor
 
 def _candidates_of(backend):
     def linear_candidates(input, weight, bias, target, *args):
-        """The k best noised logits of this slice of classes [N, n_sample, k], their classes, the true class's logit."""
+        """The k best noised logits of this slice of classes [N, n_sample, k], their classes, the true class's logit
+        [N], and the ``n_best`` largest logits [N, 1, n_best] with their classes.
+        """
         wanted, layer, first_class = Noise(*args[:_N]), Layer(*args[_N:-1]), args[-1]
         n_rows, n_classes = input.shape[0], weight.shape[0]
-        values, classes = reference.empty_lists(
-            input.new_empty((n_rows, 0), dtype=layer.dtype), wanted.k, wanted.n_sample
-        )
-        true_score = values.new_zeros(n_rows)
+        searches = (wanted, without_noise(wanted.seed, layer.n_best))
+        nothing = input.new_empty((n_rows, 0), dtype=layer.dtype)
+        lists = [reference.empty_lists(nothing, one.k, one.n_sample) for one in searches]
+        true_score = lists[0][0].new_zeros(n_rows)
         tile = input.new_empty(min(n_rows, _ROWS) * min(layer.chunk, n_classes), dtype=layer.dtype)
         search = ops.kernel("candidates", backend)
         for row in range(0, n_rows, _ROWS):
@@ -58,33 +60,47 @@ def _candidates_of(backend):
                 else:
                     torch.addmm(bias[part].to(layer.dtype), x, w.t(), out=logits)
                 place = Place(row, first_class + start)
-                found = search(logits, *wanted, *place)
-                if start:
-                    found = (torch.cat(pair, dim=2) for pair in zip((values[at], classes[at]), found))
-                    found = reference.merge(*found, wanted.k)
-                values[at], classes[at] = found
+                for one, (values, classes) in zip(searches, lists):
+                    if one.k == 0:
+                        continue
+                    found = search(logits, *one, *place)
+                    if start:
+                        found = (torch.cat(pair, dim=2) for pair in zip((values[at], classes[at]), found))
+                        found = reference.merge(*found, one.k)
+                    values[at], classes[at] = found
                 if target is not None:
                     true_score[at] += reference.own_scores(logits, target[at], place.first_class)
-        return values, classes, true_score
+        return *lists[0], true_score, *lists[1]
 
     return linear_candidates
 
 
 def _fake_candidates(input, weight, bias, target, *args):
     wanted, layer = Noise(*args[:_N]), Layer(*args[_N:-1])
-    shape = (input.shape[0], wanted.n_sample, wanted.k)
-    values = input.new_empty(shape, dtype=reference.arithmetic(layer.dtype))
-    return values, torch.empty_like(values, dtype=torch.int64), values.new_empty(input.shape[0])
+    n_rows, dtype = input.shape[0], reference.arithmetic(layer.dtype)
+    values, best = (
+        input.new_empty(shape, dtype=dtype)
+        for shape in ((n_rows, wanted.n_sample, wanted.k), (n_rows, 1, layer.n_best))
+    )
+    classes, best_classes = (torch.empty_like(x, dtype=torch.int64) for x in (values, best))
+    return values, classes, values.new_empty(n_rows), best, best_classes
 
 
-def _excess(search: LinearSearch) -> tuple[Tensor, Tensor]:
-    """Excesses [N, M] and class ids [N, B, M]; where classes lie on several ranks, over the classes of all of them."""
+def _excess(search: LinearSearch) -> tuple[Tensor, Tensor, Tensor]:
+    """Excesses [N, M], class ids [N, B, M] and the classes of the largest logits [N, n_best].
+
+    Where classes lie on several ranks these are over the classes of all of them.
+    """
     rows, weight, bias, wanted, labels, layer, backend, shards = search
-    lists = ops.kernel("linear_candidates", backend)(
+    values, classes, true_score, best, best_classes = ops.kernel("linear_candidates", backend)(
         rows, weight, bias, labels.target, *wanted, *layer, search.first_class
     )
-    values, classes, true_score = lists if shards is None else shards.merge_lists(*lists, labels.target)
-    return reference.excess_of(values, classes, true_score, wanted.ranks, labels)
+    if shards is not None:
+        if layer.n_best:
+            _, best_classes, _ = shards.merge_lists(best, best_classes, true_score, labels.target)
+        values, classes, true_score = shards.merge_lists(values, classes, true_score, labels.target)
+    excess, classes = reference.excess_of(values, classes, true_score, wanted.ranks, labels)
+    return excess, classes, best_classes[:, 0].contiguous()
 
 
 def _excess_of(backend):
@@ -101,11 +117,12 @@ def _requests(args):
 
 def _fake_excess(input, weight, bias, *args):
     wanted, _, layer = _requests(args)
-    return ops.fake_excess(input, wanted, layer.dtype)
+    best = input.new_empty((input.shape[0], layer.n_best), dtype=torch.int64)
+    return *ops.fake_excess(input, wanted, layer.dtype), best
 
 
 class _LinearExcess(Function):
-    """Rows [N, D], already normalised where asked, and this rank's classes to excesses and class ids."""
+    """Rows [N, D], already normalised where asked, and this rank's classes to what `_excess` returns."""
 
     @staticmethod
     def forward(rows, weight, bias, search):
@@ -114,16 +131,16 @@ class _LinearExcess(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         rows, weight, bias, search = inputs
-        _keep(ctx, search._replace(rows=rows, weight=weight, bias=bias), output[1])
+        _keep(ctx, search._replace(rows=rows, weight=weight, bias=bias), *output[1:])
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         return *_differentiate(ctx, grad), None
 
 
-def _keep(ctx, search: LinearSearch, classes: Tensor) -> None:
+def _keep(ctx, search: LinearSearch, classes: Tensor, best: Tensor) -> None:
     rows, weight, bias, _, labels, ctx.layer, _, ctx.shards = search
-    ctx.mark_non_differentiable(classes)
+    ctx.mark_non_differentiable(classes, best)
     ctx.bias_dtype, ctx.ignore_index = None if bias is None else bias.dtype, labels.ignore_index
     ctx.save_for_backward(rows, weight, labels.target, classes)
 
@@ -156,10 +173,11 @@ def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     return of_rows, of_weight, of_bias
 
 
-def linear_excess(search: LinearSearch) -> Tensor:
-    """The excesses [N, M] of a linear layer's logits, differentiable in rows, weight and bias.
+def linear_excess(search: LinearSearch) -> tuple[Tensor, Tensor]:
+    """The excesses [N, M] of a linear layer's logits, differentiable in rows, weight and bias, and the classes of the
+    largest logits [N, n_best].
 
-    They are also differentiable in an epsilon that is learned, as those of `autograd.differentiable_excess`.
+    The excesses are also differentiable in an epsilon that is learned, as those of `autograd.differentiable_excess`.
     """
     rows, weight, bias, wanted, labels, layer, backend, shards = search
     epsilon = wanted.learned_epsilon
@@ -167,12 +185,15 @@ def linear_excess(search: LinearSearch) -> Tensor:
         epsilon = epsilon.to(reference.arithmetic(layer.dtype))
         at_one = wanted._replace(epsilon=1.0, schedule=None)
         bias = None if bias is None else bias / epsilon
-        return linear_excess(search._replace(rows=rows / epsilon, bias=bias, noise=at_one)) * epsilon
+        excess, best = linear_excess(search._replace(rows=rows / epsilon, bias=bias, noise=at_one))
+        return excess * epsilon, best
     if layer.sparse and torch.compiler.is_dynamo_compiling():
-        return _apply_outside_of_graphs(rows, weight, bias, search)[0]
-    if shards is None and torch.compiler.is_compiling():  # the op has a derivative of its own, for graphs
-        return ops.kernel("linear_excess", backend)(rows, weight, bias, *wanted, *labels, *layer)[0]
-    return _LinearExcess.apply(rows, weight, bias, search)[0]
+        excess, _, best = _apply_outside_of_graphs(rows, weight, bias, search)
+    elif shards is None and torch.compiler.is_compiling():  # the op has a derivative of its own, for graphs
+        excess, _, best = ops.kernel("linear_excess", backend)(rows, weight, bias, *wanted, *labels, *layer)
+    else:
+        excess, _, best = _LinearExcess.apply(rows, weight, bias, search)
+    return excess, best
 
 
 def _apply_outside_of_graphs(*args):
@@ -197,10 +218,10 @@ def _derivative_of(backend: str):
     """`_LinearExcess`'s derivative, for the op itself."""
 
     def keep(ctx, inputs, output):
-        _keep(ctx, LinearSearch(*inputs[:3], *_requests(inputs[3:]), backend), output[1])
+        _keep(ctx, LinearSearch(*inputs[:3], *_requests(inputs[3:]), backend), *output[1:])
         ctx.n_others = len(inputs) - 3
 
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         return *_differentiate(ctx, grad), *[None] * ctx.n_others
 
     return keep, backward
@@ -209,13 +230,13 @@ def _derivative_of(backend: str):
 _INPUTS = "Tensor input, Tensor weight, Tensor? bias"
 ops.define(
     "linear_candidates",
-    f"({_INPUTS}, Tensor? target, {NOISE}, {LAYER}, int first_class) -> (Tensor, Tensor, Tensor)",
+    f"({_INPUTS}, Tensor? target, {NOISE}, {LAYER}, int first_class) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_candidates,
     _candidates_of,
 )
 ops.define(
     "linear_excess",
-    f"({_INPUTS}, {NOISE}, {LABELS}, {LAYER}) -> (Tensor, Tensor)",
+    f"({_INPUTS}, {NOISE}, {LABELS}, {LAYER}) -> (Tensor, Tensor, Tensor)",
     _fake_excess,
     _excess_of,
 )

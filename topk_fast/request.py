@@ -49,6 +49,7 @@ class Linear(NamedTuple):
     normalize: Any = False
     chunk_size: Any = None
     sparse_grad: Any = False
+    return_hits: Any = None  # the K, or several, of the hits that are wanted beside the loss
 
 
 class Noise(NamedTuple):
@@ -70,6 +71,11 @@ class Noise(NamedTuple):
     @property
     def learned_epsilon(self) -> Tensor | None:
         return self.schedule if self.schedule is not None and self.schedule.requires_grad else None
+
+
+def without_noise(seed: Tensor, k: int) -> Noise:
+    """A search for the k largest scores themselves, or for none; any seed on their device will do."""
+    return Noise(seed, (k,), epsilon=0.0, schedule=None, n_sample=1, law=0, dense=False)
 
 
 NOISE = "Tensor seed, int[] ranks, float epsilon, Tensor? schedule, int n_sample, int law, bool dense"
@@ -138,9 +144,10 @@ class Layer(NamedTuple):
     chunk: int  # classes walked at a time
     dtype: torch.dtype  # of the logits
     sparse: bool  # row-sparse gradients of weight and bias
+    n_best: int = 0  # how many classes with the largest logits are wanted beside the excesses
 
 
-LAYER = "bool normalize, SymInt chunk_size, ScalarType dtype, bool sparse_grad"
+LAYER = "bool normalize, SymInt chunk_size, ScalarType dtype, bool sparse_grad, int n_best"
 
 
 class LinearSearch(NamedTuple):

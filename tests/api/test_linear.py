@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from testing import BACKENDS, NAN
-from topk_fast import BalNoisedTopK, ImbalNoisedTopK, LinearHead, NormedLinear, heads, linear_op, ops
+from topk_fast import BalNoisedTopK, ImbalNoisedTopK, LinearHead, NoisedTopKLoss, NormedLinear, heads, linear_op, ops
 from topk_fast import nn as nn_module
 from topk_fast.functional import (
     bal_noised_topk_loss,
@@ -607,7 +607,7 @@ def test_opcheck(normalize, backend):
     x, weight, bias, target = layer()
     op, excess = (ops.kernel(name, backend) for name in ("linear_candidates", "linear_excess"))
     wanted = Noise(torch.tensor(1), [1, 3], 0.5, None, n_sample=2, law=0, dense=False)
-    options = Layer(normalize, 200, torch.float32, sparse=False)
+    options = Layer(normalize, 200, torch.float32, sparse=False, n_best=2)
     for b, y in ((bias, target), (None, None)):
         tensors = [None if t is None else t.detach() for t in (x, weight, b, y)]
         torch.library.opcheck(op, (*tensors, *wanted, *options, 100))
@@ -712,6 +712,112 @@ def test_topk_of_all_classes_and_of_nan():
         x[0, 0] = NAN
     values, classes = linear_topk(x, weight, 3, chunk_size=100)
     assert values[0].isnan().all() and (classes[0] == -2).all() and not values[1:].isnan().any()
+
+
+# Hits of the loss's own pass
+
+
+def head_and_batch(backend="auto", chunk=None, normalize=False, sparse=False, criterion=None, dtype=torch.float32):
+    torch.manual_seed(2)
+    criterion = criterion or NoisedTopKLoss((1, K), 0.3, seed=3, backend=backend)
+    options = dict(normalize=normalize, sparse_grad=sparse, chunk_size=chunk, dtype=dtype)
+    head = LinearHead(D, L, criterion, bias=not normalize, **options)
+    target = torch.randint(L, (N,))
+    weight = head.weight.detach()
+    x = weight[target] + 0.8 * weight.std() * torch.randn(N, D).to(dtype)  # some hits of each K, and some misses
+    target[3] = -100
+    return head, x.requires_grad_(), target
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 64])
+@pytest.mark.parametrize("normalize", [False, True])
+@every_backend
+def test_hits_are_those_of_the_best_logits_and_the_loss_keeps_its_bits(backend, normalize, chunk):
+    head, x, target = head_and_batch(backend, chunk, normalize)
+    ks = (1, 20, 5, 3)  # in any order, below and above the ranks of the loss
+    loss, hits = head(x, target, return_hits=ks)
+    expected = torch.stack([(head.topk(x, k)[1] == target[:, None]).any(1) for k in ks], dim=1)
+    assert hits.dtype == torch.bool and torch.equal(hits, expected) and not hits[3].any()
+    assert (hits.sum(0) != (target >= 0).sum()).any() and hits.any(0).all()
+    leaves = (x, head.weight)
+    same(loss, head(x, target))
+    for a, b in zip(gradients(loss, *leaves), gradients(head(x, target), *leaves)):
+        same(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_hits_have_the_shape_of_the_target(sparse, dtype):
+    head, x, target = head_and_batch(sparse=sparse, dtype=dtype)
+    _, flat = head(x, target, return_hits=[5])
+    loss, hits = head(x.view(3, 4, D), target.view(3, 4), return_hits=5)
+    assert hits.shape == (3, 4) and flat.shape == (N, 1) and torch.equal(hits.flatten(), flat[:, 0])
+    loss.backward()
+    assert head.weight.grad.is_sparse == sparse
+    assert head(x[:0], target[:0], return_hits=(1, 5))[1].shape == (0, 2)
+
+
+def test_an_ignored_class_and_a_nan_are_no_hits():
+    criterion = BalNoisedTopK(K, 0.3, ignore_index=0)
+    head = LinearHead(D, L, criterion)
+    with torch.no_grad():
+        head.bias[:3] = torch.tensor([30.0, 20.0, 10.0])
+    x = torch.zeros(4, D)
+    x[3, 0] = NAN
+    hits = head(x, torch.tensor([0, 1, 3, 1]), return_hits=(1, 2, L))[1]
+    assert hits.tolist() == [[False] * 3, [False, True, True], [False, False, True], [False] * 3]
+
+
+def test_hits_in_one_graph_with_a_learned_epsilon_and_without():
+    """A learned epsilon divides the logits first, which keeps their order."""
+    for criterion in (None, BalNoisedTopK(K, nn.Parameter(torch.tensor(0.3)))):
+        head, x, target = head_and_batch(criterion=criterion)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, y: head(x, y, return_hits=(1, 5)), backend="aot_eager", fullgraph=True)  # noqa: B023
+        loss, hits = compiled(x, target)
+        assert torch.equal(hits, head(x, target, return_hits=(1, 5))[1]) and hits.any()
+        loss.backward()
+        assert x.grad.any()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "ks, error, message",
+    [
+        (0, ValueError, r"return_hits must be in \[1, L\] = \[1, 700\], got 0"),
+        ((1, 701), ValueError, r"return_hits must be in \[1, L\] = \[1, 700\], got 701"),
+        ((), ValueError, "return_hits must be an int or a sequence of 1 to 32 ints, got 0 of them"),
+        (True, TypeError, "return_hits must be an int, got bool"),
+    ],
+)
+def test_hits_that_there_are_not(ks, error, message):
+    head, x, target = head_and_batch()
+    with pytest.raises(error, match=message):
+        head(x, target, return_hits=ks)
+
+
+def test_hits_with_an_offset_name_the_remedy():
+    criterion = NoisedTopKLoss(K, offset=torch.zeros(L))
+    head, x, target = head_and_batch(criterion=criterion)
+    with pytest.raises(ValueError, match=r"return_hits does not go with an offset.*: compare head.topk\(features, k\)"):
+        head(x, target, return_hits=1)
+
+
+def test_hits_feed_torchmetrics():
+    torchmetrics = pytest.importorskip(
+        "torchmetrics", reason="the metric is torchmetrics' own: pip install torchmetrics"
+    )
+    head, x, target = head_and_batch()
+    metric = torchmetrics.MeanMetric()
+    for rows in (slice(0, 5), slice(5, N)):
+        hits = head(x[rows], target[rows], return_hits=5)[1]
+        metric.update(hits.float(), weight=target[rows] != -100)
+    known = target != -100
+    theirs = torchmetrics.functional.classification.multiclass_accuracy(
+        head.logits(x)[known], target[known], num_classes=L, top_k=5, average="micro"
+    )
+    torch.testing.assert_close(metric.compute(), theirs)
+    assert 0 < theirs < 1
 
 
 # Modules

@@ -559,6 +559,26 @@ def norm_of_all_ranks(trunk, head):
     return (clip_grad_norm_(trunk.parameters(), math.inf).square() + squares).sqrt()
 
 
+def hits_case(rank, world, sizes, as_dtensor=False):
+    """Hits and loss of a head; then what all ranks say to one that wants other hits, and to too large a K."""
+    torch.manual_seed(3)
+    group = None if world == 0 or as_dtensor else dist.group.WORLD
+    head = LinearHead(D, L, BalNoisedTopK(K, 0.5, seed=4, sampler="dense"), process_group=group, chunk_size=7)
+    x, target = randn(N, D, seed=1), batch()[1]
+    if as_dtensor and world:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = init_device_mesh("cpu", (world,))
+        for name, parameter in list(head.named_parameters()):
+            setattr(head, name, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+    loss, hits = head(x, target, return_hits=(1, 30, 10))
+    if as_dtensor and world:
+        loss, hits = loss.full_tensor(), hits.full_tensor()
+    too_large, others = (said_by(functools.partial(head, x, target, return_hits=k)) for k in (L + 1, 1 + rank))
+    return loss.detach(), hits, (too_large, others)
+
+
 def logits_case(rank, world, sizes):
     """A head's logits, of which each rank has those of its classes."""
     torch.manual_seed(3)
@@ -670,6 +690,8 @@ CASES = {
     **{f"wrong {name}": (wrong_case, "ragged", change) for name, (change, *_) in WRONG.items()},
     **{f"all wrong {name}": (wrong_case, "ragged", change, True) for name, (change, _) in WRONG_EVERYWHERE.items()},
     "mixed": (mixed_case, "ragged"),
+    "hits": (hits_case, "even"),
+    "hits of DTensors": (hits_case, "even", True),
     "wrong top-k": (wrong_topk_case, "ragged"),
     "wrong features": (topk_of_own_features_case, "ragged"),
 }
@@ -939,6 +961,18 @@ def test_ranks_that_disagree_all_raise(ranks, world, name):
 def test_what_is_wrong_with_all_classes_known_raises_everywhere(ranks, world, name):
     for result in result_of(ranks, world, f"all wrong {name}"):
         assert result is not None and WRONG_EVERYWHERE[name][1] in result
+
+
+@every_world
+@pytest.mark.parametrize("name", ["hits", "hits of DTensors"])
+def test_hits(ranks, world, name):
+    loss, hits, _ = alone("hits")
+    assert 0 < hits.sum() < hits.numel()
+    for given_loss, given, (too_large, others) in result_of(ranks, world, name):
+        assert torch.equal(given, hits)
+        torch.testing.assert_close(given_loss, loss)
+        assert f"return_hits must be in [1, L] = [1, {L}], got {L + 1}" in too_large
+        assert world == 1 or "all ranks must pass the same return_hits" in others
 
 
 @every_world
