@@ -19,7 +19,7 @@ from .clipping import clip_grad_norm_
 from .heads import LinearHead
 from .nn import BalNoisedTopK, ImbalNoisedTopK, NoisedTopK, NoisedTopKLoss, NormedLinear, SampledCrossEntropy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BalNoisedTopK",

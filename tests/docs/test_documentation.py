@@ -24,7 +24,9 @@ def test_docstrings(module):
     assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_python_blocks_run(page, monkeypatch):
     """With the variables of a world of one, which torchrun sets; test_integrations.py has two processes."""
     with socket.socket() as free:
