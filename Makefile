@@ -1,10 +1,14 @@
 # The set-up of everything: each target makes .venv, installs the pinned requirements and builds the C++ kernels in
-# place. Where python3 has torch >= 2.11 already (a GPU machine without network) it is used as it is.
-.PHONY: help build test demo study bench bench-full tables lint format gpu cuda-host wheel clean
+# place. Where python3 has torch >= 2.11 already (a GPU machine without network) it is used as it is. With TORCH=2.11.0,
+# or TORCH=newest, a target has an environment of its own with that torch and the newest of all else.
+.PHONY: help build test demo study bench bench-full tables lint format gpu cuda-host wheel test-wheel release-notes clean
 
 HAS_TORCH := $(shell python3 -c "from importlib.metadata import version as v; \
 	print(tuple(map(int, v('torch').split('+')[0].split('.')[:2])) >= (2, 11))" 2>/dev/null)
-ifeq ($(HAS_TORCH),True)
+ifdef TORCH
+PYTHON := .venv/torch-$(TORCH)/bin/python
+ENVIRONMENT := .venv/torch-$(TORCH)/installed
+else ifeq ($(HAS_TORCH),True)
 PYTHON := python3
 FORMAT_CPP := clang-format
 else
@@ -16,7 +20,7 @@ export PYTHONPATH := $(CURDIR)
 SHELL := /bin/bash
 
 help:
-	@echo "make test | demo | study | bench | bench-full | tables | gpu | cuda-host | lint | format | build | wheel | clean"
+	@echo "make test | demo | study | bench | bench-full | tables | gpu | cuda-host | lint | format | build | wheel | test-wheel | clean"
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -25,6 +29,13 @@ help:
 	# Apart, for the test of timm's snippet alone: its torchvision, beside a CPU build of torch, breaks others' imports.
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/timm \
 	  timm==1.0.31 torchvision==0.28.0
+	touch $@
+
+.venv/torch-%/installed: pyproject.toml
+	python3 -m venv .venv/torch-$*
+	.venv/torch-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	.venv/torch-$*/bin/python -m pip install --quiet "torch$(patsubst %,==%,$(filter-out newest,$*))" \
+	  "setuptools>=77" ninja --group test --group benchmarks --group examples
 	touch $@
 
 build: $(ENVIRONMENT)
@@ -67,11 +78,15 @@ CPP_SOURCES = csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu tests/kern
   tests/kernels/*/*.h tests/kernels/*/*.cpp benchmarks/model/*.h benchmarks/model/*.cpp \
   benchmarks/tests/*.cu
 
+CHECK_SCHEMA = $(PYTHON) -m check_jsonschema --builtin-schema
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(FORMAT_CPP) --dry-run --Werror $(CPP_SOURCES)
+	$(CHECK_SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(CHECK_SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(CHECK_SCHEMA) vendor.citation-file-format CITATION.cff
 
 format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check --fix .
@@ -104,13 +119,29 @@ $(CUDA_HOST)/installed:
 	  "setuptools>=77" ninja pybind11 pytest pytest-benchmark
 	touch $@
 
-# A source distribution, and from it a wheel for every Python from 3.10 on and every torch from 2.11 on; in dist/.
-wheel: export TOPK_FAST_BUILD := require
+# A source distribution, and from it a wheel for every Python from 3.10 on and every torch from 2.11 on; in dist/. Where
+# auditwheel is installed it names the oldest glibc on which the wheel runs; torch's own libraries stay out of it.
+wheel: export TOPK_FAST_BUILD ?= require
 wheel: $(ENVIRONMENT)
 	rm -rf dist
 	$(PYTHON) setup.py --quiet sdist
 	$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/topk_fast-*.tar.gz
+	if $(PYTHON) -c "import auditwheel" 2>/dev/null; then \
+	  export PATH="$$(dirname $$(command -v $(PYTHON))):$$PATH" && \
+	  $(PYTHON) -m auditwheel repair $(foreach name,libtorch libc10 libcudart,--exclude "$(name)*") \
+	    --wheel-dir dist dist/*-linux_*.whl && rm dist/*-linux_*.whl; fi
 	ls dist
+
+# The wheel of dist/ in a fresh environment without a compiler, which borrows torch from this one.
+test-wheel: export TOPK_FAST_DIST := $(CURDIR)/dist
+test-wheel: $(ENVIRONMENT)
+	$(PYTHON) -m pytest tests/kernels/test_build.py -k "distributions_are_complete or wheel_runs"
+
+# The changelog of the version of TAG, such as v0.2.0, in dist/; fails where the package has another version.
+release-notes:
+	mkdir -p dist
+	grep -qx '__version__ = "$(TAG:v%=%)"' topk_fast/__init__.py
+	awk '/^## /{on = $$2 == "$(TAG:v%=%)"; next} on' CHANGELOG.md > dist/notes.md
 
 clean:
 	rm -rf build dist .cache .venv topk_fast/*.so *.egg-info

@@ -1,8 +1,9 @@
 """Builds topk_fast._C, the CPU kernels, and topk_fast._C_cuda, the CUDA kernels, where torch is a CUDA build.
 
 The two are built apart: when one cannot be built, the reason goes to stderr and the rest is installed. With
-TOPK_FAST_BUILD=require it is an error. Both use the stable ABIs of LibTorch and of Python, so that one binary serves
-every torch from 2.11 on and every Python from 3.10 on.
+TOPK_FAST_BUILD=require it is an error; TOPK_FAST_BUILD=cpu requires the CPU kernels and leaves out the CUDA ones. Both
+use the stable ABIs of LibTorch and of Python, so that one binary serves every torch from 2.11 on and every Python from
+3.10 on.
 """
 
 import os
@@ -14,10 +15,12 @@ from setuptools import setup
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip builds without it
 import find_cuda  # noqa: E402
 
+BUILD = os.environ.get("TOPK_FAST_BUILD")
+
 
 def warn(reason):
-    if os.environ.get("TOPK_FAST_BUILD") == "require":
-        raise SystemExit(f"topk_fast: TOPK_FAST_BUILD=require, but {reason}")
+    if BUILD in ("require", "cpu"):
+        raise SystemExit(f"topk_fast: TOPK_FAST_BUILD={BUILD}, but {reason}")
     print(f"topk_fast: {reason}. The installation goes on without these kernels", file=sys.stderr)
 
 
@@ -51,7 +54,7 @@ def make_extensions(torch):
     extensions = [
         cpp_extension.CppExtension("topk_fast._C", cpp, include_dirs=[here], extra_compile_args=flags, **common)
     ]
-    if not torch.version.cuda:  # a CPU build, or ROCm's, which Triton serves
+    if not torch.version.cuda or BUILD == "cpu":  # a CPU build, or ROCm's, which Triton serves
         return extensions
     try:
         nvcc = find_cuda.find_nvcc()

@@ -6,6 +6,14 @@
 
 #include "kernel.h"
 
+#if defined(__GLIBC__)
+// std::shared_ptr asks glibc whether the process has one thread, by a symbol that glibc has from 2.32 on. This one
+// stands for it, and always says no, so that a wheel runs wherever torch's own wheels do, from glibc 2.28 on.
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
+#endif
+
 namespace {
 
 using topk_fast::Kernel;
@@ -30,7 +38,12 @@ PyObject* use_isa(PyObject*, PyObject* argument) {
   return PyErr_Format(PyExc_ValueError, "the instruction set must be one of %s, got %s", names.c_str(), name);
 }
 
-PyObject* compiler(PyObject*, PyObject*) { return PyUnicode_FromString("g++ " __VERSION__); }
+#if defined(__clang__)
+#define TOPK_FAST_COMPILER "clang++ " __clang_version__
+#else
+#define TOPK_FAST_COMPILER "g++ " __VERSION__
+#endif
+PyObject* compiler(PyObject*, PyObject*) { return PyUnicode_FromString(TOPK_FAST_COMPILER); }
 
 PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "Instruction sets that the CPU kernels can use on this machine, the best one first."},

@@ -35,6 +35,18 @@ def test_requirements_pin_what_pyproject_names():
     assert names_of(pins) == set().union(*map(names_of, groups))
 
 
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.name)
+def test_workflows_run_targets_that_there_are(workflow):
+    """Their schema is checked by make lint; the commands that no machine can run here install or publish."""
+    commands = re.findall(r"^ +- run: (.+)$", workflow.read_text(), re.MULTILINE)
+    reused = re.findall(r"uses: \./(\S+)", workflow.read_text())
+    assert commands and all((ROOT / path).exists() for path in reused)
+    for command in commands:
+        program, target = command.split()[:2]
+        assert program in ("make", "sudo", "gh")
+        assert program != "make" or re.search(rf"^{target}:", text_of("Makefile"), re.MULTILINE), command
+
+
 @pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda p: p.name)
 def test_forms_for_issues_ask_for_the_build(form):
     assert re.search(r'`python -c "import topk_fast; print\(.*topk_fast.build_info\(\)\)"`', form.read_text())
