@@ -8,6 +8,7 @@ use the stable ABIs of LibTorch and of Python, so that one binary serves every t
 
 import os
 import sys
+import sysconfig
 from glob import glob
 
 from setuptools import setup
@@ -16,6 +17,25 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # pip builds wit
 import find_cuda  # noqa: E402
 
 BUILD = os.environ.get("TOPK_FAST_BUILD")
+# A free-threaded Python has no limited API of version 3.10: its binaries and wheels are for its own version.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+# Of g++ and clang++. One rounding an operation on every machine (csrc/noise.h): no contraction, no -march=native. The
+# threads are torch's, so that no flag of OpenMP is needed, which Apple's clang++ lacks.
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-Wall",
+    "-Wextra",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wno-unused-parameter",  # in torch's headers
+    # g++ 12 sees it in its own intrinsics. Both compilers ignore names that they do not know, once clang++ is told to.
+    "-Wno-maybe-uninitialized",
+    "-Wno-unknown-warning-option",
+]
 
 
 def warn(reason):
@@ -26,33 +46,21 @@ def warn(reason):
 
 def make_extensions(torch):
     """The extension modules to build, with the flags and folders of each."""
+    if sys.platform == "win32":  # not tried: MSVC has neither the vector types of simd.h nor these flags
+        warn("the C++ kernels need the vector types of g++ and clang++, which MSVC does not have")
+        return []
     from torch.utils import cpp_extension
 
     common = dict(
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
         depends=sorted(glob("csrc/*.h") + glob("csrc/*/*.h")),
-        py_limited_api=True,
+        py_limited_api=LIMITED_API,
     )
-    # One rounding an operation on every machine (csrc/noise.h): no contraction, no -march=native.
-    flags = [
-        "-O3",
-        "-g0",
-        "-std=c++17",
-        "-Wall",
-        "-Wextra",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fvisibility=hidden",
-        # g++ 12 sees both in headers that are not ours (its own intrinsics, torch)
-        "-Wno-maybe-uninitialized",
-        "-Wno-unused-parameter",
-    ]
     cuda = ["csrc/cuda/kernels.cu", "csrc/cuda/binding.cpp"]
     cpp = ["csrc/testing.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     here = os.path.abspath("csrc")
     extensions = [
-        cpp_extension.CppExtension("topk_fast._C", cpp, include_dirs=[here], extra_compile_args=flags, **common)
+        cpp_extension.CppExtension("topk_fast._C", cpp, include_dirs=[here], extra_compile_args=FLAGS, **common)
     ]
     if not torch.version.cuda or BUILD == "cpu":  # a CPU build, or ROCm's, which Triton serves
         return extensions
@@ -69,7 +77,7 @@ def make_extensions(torch):
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     common["define_macros"] = [*common["define_macros"], ("USE_CUDA", None)]
     compile_args = {
-        "cxx": [*flags, f'-DTOPK_FAST_CUDA_ARCHITECTURES="{architectures}"'],
+        "cxx": [*FLAGS, f'-DTOPK_FAST_CUDA_ARCHITECTURES="{architectures}"'],
         "nvcc": ["-O3", "-std=c++17", "--fmad=false"],
     }
     extension = cpp_extension.CUDAExtension(
@@ -102,7 +110,9 @@ def configure():
                 try:
                     super().run()
                     built.append(extension)
-                    for other in glob(f"{extension.name.replace('.', '/')}.cpython-*.so") if inplace else ():
+                    for other in (
+                        glob(f"{extension.name.replace('.', '/')}.cpython-*.so") if inplace and LIMITED_API else ()
+                    ):
                         os.remove(other)  # Python would prefer a binary of its own version to this one
                 except (Exception, SystemExit) as error:  # setuptools and ninja raise a dozen kinds
                     warn(f"the build of {extension.name} failed: {error}")
@@ -111,7 +121,7 @@ def configure():
     return {
         "ext_modules": make_extensions(torch),
         "cmdclass": {"build_ext": Build},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
     }
 
 

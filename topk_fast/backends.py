@@ -142,7 +142,10 @@ def resolve(backend: str, input: Tensor, k: int) -> str:
         else:
             return name
     if device.type != "meta" and not isinstance(input, FakeTensor):
-        said = " ".join(reasons) or "There are kernels for CPU, CUDA and HIP tensors only."
+        said = " ".join(reasons) or (
+            "There are kernels for CPU, CUDA and HIP tensors only: pass input.cpu() and target.cpu() to run those of "
+            "the CPU, through which gradients come back to the input's device."
+        )
         _warn_once(
             f"backend='auto' runs the PyTorch reference on this {device.type} input, which is many times slower than "
             f"the compiled kernels. {said} Pass backend='torch' to choose the reference without this warning."

@@ -1,4 +1,5 @@
 // The choice of the instruction set: the one place that asks the processor for its features.
+#include <atomic>
 #include <cstring>
 
 #include "kernel.h"
@@ -33,10 +34,13 @@ const std::vector<Kernel>& kernels() {
 }
 
 namespace {
-const Kernel* chosen = nullptr;
+std::atomic<const Kernel*> chosen{nullptr};  // any thread may choose
 }
 
-const Kernel& chosen_kernel() { return chosen ? *chosen : kernels().front(); }
+const Kernel& chosen_kernel() {
+  const Kernel* kernel = chosen;
+  return kernel ? *kernel : kernels().front();
+}
 
 bool choose_kernel(const char* name) {
   for (const Kernel& kernel : kernels())

@@ -40,6 +40,21 @@ static inline void store(V v, S* x) {
 
 static inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
+// Lane i is lane `lanes[i]` of a and b side by side. clang++ has no such built-in, and finds the instruction in the
+// loop.
+template <class V, class M>
+static inline V shuffle(V a, V b, M lanes) {
+#if defined(__clang__)
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  V out;
+#pragma unroll
+  for (int i = 0; i < n; ++i) out[i] = lanes[i] < n ? a[lanes[i] % n] : b[lanes[i] % n];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 template <class S>
 struct Lane;
 template <>
@@ -74,17 +89,17 @@ struct Vector {
   static type smaller(type a, type b) { return a < b ? a : b; }
   // Maxima of the n pairs of neighbours in a, then b.
   static type pair_maxima(type a, type b) {
-    return larger(__builtin_shuffle(a, b, lanes(shuffles.even)), __builtin_shuffle(a, b, lanes(shuffles.odd)));
+    return larger(shuffle(a, b, lanes(shuffles.even)), shuffle(a, b, lanes(shuffles.odd)));
   }
   static S largest(type a) {
 #pragma GCC unroll 6
-    for (int j = 0; 1 << j < n; ++j) a = larger(a, __builtin_shuffle(a, lanes(shuffles.swap[j])));
+    for (int j = 0; 1 << j < n; ++j) a = larger(a, shuffle(a, a, lanes(shuffles.swap[j])));
     return a[0];
   }
   // Of a sum of comparisons, each -1 where it holds.
   static int count(mask m) {
 #pragma GCC unroll 6
-    for (int j = 0; 1 << j < n; ++j) m += __builtin_shuffle(m, lanes(shuffles.swap[j]));
+    for (int j = 0; 1 << j < n; ++j) m += shuffle(m, m, lanes(shuffles.swap[j]));
     return -(int)m[0];
   }
 };

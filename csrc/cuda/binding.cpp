@@ -74,4 +74,10 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C_cuda() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__C_cuda() {
+  PyObject* module = PyModule_Create(&definition);
+#if defined(Py_GIL_DISABLED)  // a free-threaded Python
+  if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+  return module;
+}

@@ -376,7 +376,11 @@ def test_input_that_triton_does_not_take_warns_once_for_each_reason(have):
 def test_devices_without_kernels_warn_as_well(have, device):
     have("cpp", "cuda", "triton")
     name, caught = warned(backends.resolve, "auto", tensor_on(device), 3)
-    assert name == "torch" and "There are kernels for CPU, CUDA and HIP tensors only." in str(caught[0].message)
+    assert (
+        name == "torch"
+        and "There are kernels for CPU, CUDA and HIP tensors only: pass input.cpu() and target.cpu()"
+        in str(caught[0].message)
+    )
     assert warned(backends.resolve, "auto", tensor_on(device), 3) == ("torch", [])
 
 

@@ -1,13 +1,16 @@
-// Runs the CPU search and gradient on random requests over arrays of exact size; test_sanitizers.py builds it with the
-// address and undefined-behaviour sanitizers. Other tests compare values with the reference.
+// Runs the CPU search and gradient on random requests over arrays of exact size, as many as the argument says, and
+// prints a checksum of the results. test_sanitizers.py builds it with the address and undefined-behaviour sanitizers,
+// and test_arm64.py compares the checksums of two machines. Other tests compare values with the reference.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
 
+#include "checksum.h"
 #include "cpu/gradient.h"
 #include "cpu/kernel.h"
 
@@ -21,8 +24,7 @@ int between(int low, int high) { return low + (int)(engine() % (unsigned)(high -
 enum Kind { kNormal, kFlat, kTies, kMasked, kNan, kInfinite };
 
 float score(int kind) {
-  static std::normal_distribution<float> normal;
-  const float z = normal(engine);
+  const float z = normal<Scalar>((int32_t)engine());  // the same on every machine, as no library's is
   switch (kind) {
     case kFlat: return 0;
     case kTies: return std::round(z * 2) / 2;
@@ -47,11 +49,18 @@ void fill(char* x, size_t n, ScoreType type, int kind) {
   }
 }
 
+template <class T>
+void add_gradient(Checksum& sum, const Gradient& g) {
+  gradient_rows<T>(g, 0, g.n_rows);
+  for (int64_t i = 0; i < g.n_rows * g.n_classes; ++i) sum.add(((const T*)g.out)[i]);
+}
+
 }  // namespace
 
-int main() {
+int main(int, char** arguments) {
+  Checksum sum;
   const int lengths[] = {1, 2, 5, 15, 16, 17, 31, 63, 64, 65, 100, 129, 255, 257, 1000, 1023, 2049, 5000, 20011, 70001};
-  for (int round = 0; round < 1500; ++round) {
+  for (int round = 0; round < std::atoi(arguments[1]); ++round) {
     Job job{};
     Search& p = job.p;
     p.n_classes = p.row_stride = lengths[between(0, 19)], p.n_rows = between(1, p.n_classes < 300 ? 70 : 3);
@@ -73,9 +82,9 @@ int main() {
     const size_t item = p.type < ScoreType::kBFloat16 ? size : 2;
     const size_t n_ids = (size_t)(p.n_rows * p.n_sample * (p.n_ranks ? p.n_ranks : p.k));
     const size_t n_values = p.n_ranks ? (size_t)(p.n_rows * p.n_ranks) : n_ids;
-    const std::unique_ptr<char[]> scores(new char[n_scores * item]), values(new char[n_values * size]);
+    const std::unique_ptr<char[]> scores(new char[n_scores * item]), values(new char[n_values * size]());
     const std::unique_ptr<char[]> picked(new char[n_ids * size]), gradient(new char[n_scores * item]);
-    const std::unique_ptr<int64_t[]> classes(new int64_t[n_ids]), workspace(new int64_t[workspace_words(job)]);
+    const std::unique_ptr<int64_t[]> classes(new int64_t[n_ids]()), workspace(new int64_t[workspace_words(job)]);
     const std::unique_ptr<int64_t[]> target(new int64_t[p.n_rows]);
     for (int64_t n = 0; n < p.n_rows; ++n) target[n] = between(0, 9) ? between(0, (int)p.n_classes - 1) : -100;
     if (p.n_ranks && (p.exclude_target || between(0, 1))) p.target = target.get(), p.ignore_index = -100;
@@ -87,15 +96,18 @@ int main() {
     if (p.n_ranks && job.n_split > 1) kernel.finish(job);
     for (size_t i = 0; i < n_ids; ++i)
       if (classes[i] < -2 || classes[i] >= p.first_class + p.n_classes) return std::puts("class out of range"), 1;
+    for (size_t i = 0; i < n_ids; ++i) sum.add(classes[i]);
+    for (size_t i = 0; i < n_values; ++i)
+      size == 8 ? sum.add(((double*)values.get())[i]) : sum.add(((float*)values.get())[i]);
     if (!p.n_ranks) continue;
     Gradient g{values.get(), classes.get(), p.target,      -100, p.n_rows, p.n_sample, p.n_ranks, 0,
                p.n_classes,  p.type,        gradient.get()};
     switch (p.type) {
-      case ScoreType::kFloat32: gradient_rows<float>(g, 0, g.n_rows); break;
-      case ScoreType::kFloat64: gradient_rows<double>(g, 0, g.n_rows); break;
-      case ScoreType::kBFloat16: gradient_rows<BFloat16>(g, 0, g.n_rows); break;
-      case ScoreType::kFloat16: gradient_rows<Half>(g, 0, g.n_rows); break;
+      case ScoreType::kFloat32: add_gradient<float>(sum, g); break;
+      case ScoreType::kFloat64: add_gradient<double>(sum, g); break;
+      case ScoreType::kBFloat16: add_gradient<BFloat16>(sum, g); break;
+      case ScoreType::kFloat16: add_gradient<Half>(sum, g); break;
     }
   }
-  std::puts("ok");
+  std::printf("ok %016llx\n", sum.value);
 }

@@ -2,8 +2,10 @@
 leaves the CPU kernels; an installed wheel works without a compiler, in any Python from 3.10 on.
 """
 
+import importlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -233,6 +235,29 @@ def test_trouble_with_cuda_leaves_the_cpu_kernels(no_cuda, tmp_path, version, re
     else:
         assert done.returncode == 0, done.stderr
         assert [path.name for path in tmp_path.glob("lib/topk_fast/*.so")] == ["_C.abi3.so"]
+
+
+def configured():
+    """What setup.py passes to setuptools."""
+    return runpy.run_path(str(ROOT / "setup.py"))["configure"]()
+
+
+@pytest.mark.parametrize("free_threaded", [False, True])
+def test_a_free_threaded_python_has_binaries_of_its_own(monkeypatch, free_threaded):
+    variables = sysconfig.get_config_vars() | {"Py_GIL_DISABLED": int(free_threaded)}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sysconfig, "get_config_var", variables.get)
+    made = configured()
+    assert [extension.py_limited_api for extension in made["ext_modules"]] == [not free_threaded]
+    assert ("bdist_wheel" in made["options"]) != free_threaded
+
+
+def test_windows_is_left_with_the_reference(monkeypatch, capsys):
+    importlib.import_module("torch.utils.cpp_extension")  # which asks for the platform itself
+    monkeypatch.delenv("TOPK_FAST_BUILD", raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert configured()["ext_modules"] == []
+    assert "vector types of g++ and clang++, which MSVC does not have" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
