@@ -38,12 +38,13 @@ PyObject* use_isa(PyObject*, PyObject* argument) {
   return PyErr_Format(PyExc_ValueError, "the instruction set must be one of %s, got %s", names.c_str(), name);
 }
 
+PyObject* compiler(PyObject*, PyObject*) {
 #if defined(__clang__)
-#define TOPK_FAST_COMPILER "clang++ " __clang_version__
+  return PyUnicode_FromFormat("clang++ %d.%d.%d", __clang_major__, __clang_minor__, __clang_patchlevel__);
 #else
-#define TOPK_FAST_COMPILER "g++ " __VERSION__
+  return PyUnicode_FromString("g++ " __VERSION__);
 #endif
-PyObject* compiler(PyObject*, PyObject*) { return PyUnicode_FromString(TOPK_FAST_COMPILER); }
+}
 
 PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "Instruction sets that the CPU kernels can use on this machine, the best one first."},
