@@ -1,4 +1,4 @@
-// A checksum of numbers by their bits (FNV-1a), with one pattern for every NaN: which one it is the contract leaves
+// A checksum of numbers by their bits, with one pattern for every NaN: which one it is the contract leaves
 // open.
 #pragma once
 
@@ -17,7 +17,8 @@ struct Checksum {
     uint64_t bits = 0;
     memcpy(&bits, &x, sizeof x);
     if (is_nan(x)) bits = 0x7ff8;
-    for (int byte = 0; byte < 8; ++byte) value = (value ^ (bits >> 8 * byte & 0xff)) * 0x100000001b3ull;
+    value = (value ^ bits) * 0x9e3779b97f4a7c15ull;
+    value ^= value >> 32;
   }
 
  private:
