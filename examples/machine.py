@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Packages that a figure may depend on; torch and Triton stand in topk_fast.build_info().
 PACKAGES = (
     *("numpy", "torchmetrics", "matplotlib", "tqdm"),
-    *("pytopk", "entmax", "difftopk", "liger_kernel", "cut_cross_entropy"),
+    *("pytopk", "difftopk", "liger_kernel", "cut_cross_entropy"),
 )
 
 

@@ -268,7 +268,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", h.replace("\\", "").lower()).replace(" ", "-") for h in headings}
 
 
-COMMUNITY = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CODE_OF_CONDUCT", "CONTRIBUTING", "SECURITY")]
+COMMUNITY = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CODE_OF_CONDUCT", "CONTRIBUTING", "SECURITY")]
 
 
 @pytest.mark.parametrize("page", [*COMMUNITY, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
