@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.study.jobs import ABLATED, PLANS, ablation_jobs, collect, jobs, left_of, records
+from benchmarks.study.losses import LOSSES
 from benchmarks.study.runs import run
 from examples.machine import stamp
 from examples.tasks import load
@@ -31,6 +32,7 @@ from examples.tasks import load
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=list(PLANS), nargs="+", default=list(PLANS))
+    parser.add_argument("--losses", choices=list(LOSSES), nargs="+", default=list(LOSSES), metavar="LOSS")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--collect", action="store_true", help="run nothing; put the records into the result")
     parser.add_argument("--result", type=Path, default=RESULTS / "study.json", help="the collected runs")
@@ -56,7 +58,7 @@ def main() -> None:
         stages = [(name, partial(jobs, name)) for name in args.data]
         stages += [("ablations", ablation_jobs)] * (ABLATED in args.data)
         for name, wanted in stages:
-            while left := left_of(wanted(done := records(args.out, args.result)), done):
+            while left := left_of(wanted(done := records(args.out, args.result)), done, args.losses):
                 results = pool.imap_unordered(partial(run, cache=args.cache), left)
                 for record in tqdm(results, name, total=len(left), unit="run"):
                     file.write(json.dumps(record | origin) + "\n")

@@ -106,9 +106,10 @@ def ablation_jobs(done: list[dict]) -> list[dict]:
     ]
 
 
-def left_of(wanted: list[dict], done: list[dict]) -> list[dict]:
+def left_of(wanted: list[dict], done: list[dict], losses: Sequence[str] = ALL) -> list[dict]:
+    """The wanted jobs of some losses that are not on record."""
     have = {key_of(record) for record in done}
-    return [job for job in wanted if key_of(job) not in have]
+    return [job for job in wanted if job["loss"] in losses and key_of(job) not in have]
 
 
 def key_of(job: dict) -> str:

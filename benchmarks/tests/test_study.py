@@ -140,6 +140,7 @@ def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
         jobs.ABLATIONS[BALANCED]["epsilon"]
     )
     assert jobs.left_of(jobs.jobs("features", done), done + tests) == []
+    assert jobs.left_of(tests, done, [BALANCED]) == [job for job in tests if job["loss"] == BALANCED]
     assert all(job["stage"] == "trial" for job in jobs.jobs("glyphs", done))
 
 
