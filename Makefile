@@ -46,7 +46,7 @@ test: build
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$($(PYTHON) -c "import xdist; print('-n auto --dist loadfile')" 2>/dev/null)
 
 demo: build
-	$(PYTHON) examples/demo.py $(ARGS)
+	$(PYTHON) -m examples.demo $(ARGS)
 
 # Which loss suits which data: hours, and it goes on where it was interrupted, also from the committed result.
 study: build
@@ -72,7 +72,7 @@ tables: build
 	$(PYTHON) -m benchmarks.tables
 
 data/species_logits.pt: | build
-	$(PYTHON) examples/all_species.py --losses cross-entropy --save-logits $@
+	$(PYTHON) -m examples.all_species --losses cross-entropy --save-logits $@
 
 CPP_SOURCES = csrc/*.h csrc/*/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.h tests/kernels/*.cpp \
   tests/kernels/*/*.h tests/kernels/*/*.cpp benchmarks/model/*.h benchmarks/model/*.cpp \

@@ -13,7 +13,7 @@ from benchmarks.harness import Batch
 from topk_fast.functional import bal_noised_topk_loss, sampled_cross_entropy
 
 SPECIES = ROOT / "data" / "species_logits.pt"
-SPECIES_COMMAND = "python examples/all_species.py --losses cross-entropy --save-logits data/species_logits.pt"
+SPECIES_COMMAND = "python -m examples.all_species --losses cross-entropy --save-logits data/species_logits.pt"
 PEAKS = 8  # large scores in a "spiky" row; the true class has one of them
 DRAWS = 16  # losses whose means are compared
 SAMPLES = 16  # of a sampled cross-entropy, its default

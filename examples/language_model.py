@@ -2,11 +2,11 @@
 
 Trains a small recurrent network on the text of a dictionary under `nn.Linear` with cross-entropy and under
 `LinearHead` with `SampledCrossEntropy`, for several numbers of samples. Prints the test perplexity, which is exact for
-both, and the time and memory of training, and draws the learning curves.
+both, and the time and memory of training.
 
-    OMP_NUM_THREADS=1 python examples/language_model.py
-    OMP_NUM_THREADS=1 python examples/language_model.py --losses cross-entropy --seeds 0      # one part of it
-    OMP_NUM_THREADS=1 python examples/language_model.py --tune --steps 400                    # how LOSSES was chosen
+    OMP_NUM_THREADS=1 python -m examples.language_model
+    OMP_NUM_THREADS=1 python -m examples.language_model --losses cross-entropy --seeds 0      # one part of it
+    OMP_NUM_THREADS=1 python -m examples.language_model --tune --steps 400                    # how LOSSES was chosen
 
 Each run is added to the JSON as it ends. A run that the JSON has is not repeated, so an interrupted command goes on.
 Steps are timed at the end of the first command, of all losses in turn. For the peak of memory, run each loss in a
@@ -24,13 +24,12 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
-import language_plot
-from data_sets import dictionary
-from data_sets.debian import PackageUnavailable
-from data_sets.dictionary import Text
-from language_training import LENGTH, SEQUENCES, WIDTH, Loss, Run, perplexity, time_steps, train
-from machine import PeakMemory, environment, stamp
-from report import table
+from examples.data_sets import dictionary
+from examples.data_sets.debian import PackageUnavailable
+from examples.data_sets.dictionary import Text
+from examples.language_training import LENGTH, SEQUENCES, WIDTH, Loss, Run, perplexity, time_steps, train
+from examples.machine import PeakMemory, environment, stamp
+from examples.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 # The learning rate and eps of each loss gave it the lowest validation perplexity of all pairs of the next two lines, in
@@ -152,10 +151,6 @@ def main() -> None:
     result = run_all(args, text)
     print(table(trials(result["runs"]) if args.tune else summary(result), unit=1))
     print(f"\nfigures: {args.out}")
-    if not args.tune:
-        picture = args.out.with_suffix(".png")
-        language_plot.draw(result, picture)
-        print(f"plot: {picture}")
 
 
 if __name__ == "__main__":

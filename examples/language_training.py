@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm, trange
 
-from data_sets.dictionary import Text
-from machine import PeakMemory
+from examples.data_sets.dictionary import Text
+from examples.machine import PeakMemory
 from topk_fast import LinearHead, SampledCrossEntropy
 
 WIDTH = 128  # of the embedding and of the state

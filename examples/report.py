@@ -15,10 +15,3 @@ def table(rows: dict[str, dict[str, float | None]], unit: float = 100.0, digits:
     lines = [f"{'':{first}}  " + "  ".join(c.rjust(6) for c in columns)]
     lines += [f"{name.ljust(first)}  " + "  ".join(cell(row[c], c) for c in columns) for name, row in rows.items()]
     return "\n".join(lines)
-
-
-def guesses_text(guesses: dict[str, list[str]]) -> str:
-    """One line for each true name, the right guess starred."""
-    first = max(map(len, guesses))
-    starred = {true: ", ".join(f"*{g}*" if g == true else g for g in five) for true, five in guesses.items()}
-    return "\n".join(f"{true.ljust(first)}  {five}" for true, five in starred.items())

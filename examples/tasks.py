@@ -36,6 +36,7 @@ class Task:
     classes: int
     inputs: Tensor
     parts: dict[str, tuple[Tensor, Tensor]]
+    names: tuple[str, ...] = ()  # of the classes, where the data have names
 
     def count(self) -> Tensor:
         """Training rows of each class, [C]."""
@@ -71,7 +72,7 @@ def _split_by_input(name: str, data: Dataset, inputs_of: Callable[[Tensor], Tens
     for part in DRAWINGS:
         rows = np.flatnonzero((part_of == part) & usable)
         parts[part] = torch.from_numpy(data.group[rows]), torch.from_numpy(target[rows])
-    return Task(name, len(known), inputs_of(parts["train"][0].unique()), parts)
+    return Task(name, len(known), inputs_of(parts["train"][0].unique()), parts, tuple(data.classes[i] for i in known))
 
 
 def _components(data: Dataset, seen: Tensor, cache: Path) -> Tensor:

@@ -1,71 +1,20 @@
-"""The network, the losses under which it is compared, and its training."""
+"""Training, the same for all examples and for the study."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NormedLinear
+from examples.evaluation import measure
+from examples.losses import Loss
+from examples.networks import FEATURES, CosineHead, body_for
 
-K = 5
-N_SAMPLE = 5
-BATCH = 256
-HIDDEN = 256
-
-CROSS_ENTROPY = "cross-entropy"
-BALANCED = f"balanced top-{K}"
-IMBALANCED = f"imbalanced top-{K}"
-LOSSES = (CROSS_ENTROPY, BALANCED, IMBALANCED)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings that validation chooses; cross-entropy does not use the last two, nor the balanced loss the last."""
-
-    lr: float
-    weight_decay: float
-    epsilon: float | None = None
-    max_m: float | None = None
-
-
-class Rows(NamedTuple):
-    """Labelled rows, several of which may share an input."""
-
-    inputs: Tensor  # [D, F] float32
-    group: Tensor  # [N] int64: the input of each row
-    target: Tensor  # [N] int64: the class of each row
-    n_classes: int
-
-    def take(self, numbers: Tensor) -> Rows:
-        """Some of the rows."""
-        return self._replace(group=self.group[numbers], target=self.target[numbers])
-
-    def count(self) -> Tensor:
-        """The number of rows of each class, [C]."""
-        return self.target.bincount(minlength=self.n_classes)
-
-
-def make_loss(name: str, settings: Settings, class_count: Tensor, package: object | None = None) -> nn.Module:
-    """The loss called `name`; `package` may be another module with the same class names, such as pytopk."""
-    balanced = getattr(package, "BalNoisedTopK", BalNoisedTopK)
-    imbalanced = getattr(package, "ImbalNoisedTopK", ImbalNoisedTopK)
-    if name == CROSS_ENTROPY:
-        return nn.CrossEntropyLoss()
-    if name == BALANCED:
-        return balanced(K, settings.epsilon, n_sample=N_SAMPLE)
-    return imbalanced(K, settings.epsilon, settings.max_m, class_count.tolist(), n_sample=N_SAMPLE)
-
-
-def make_model(name: str, n_features: int, n_classes: int) -> nn.Sequential:
-    """A network with one hidden layer; the imbalanced loss, whose margins are cosines, gets a cosine head."""
-    head = NormedLinear if name == IMBALANCED else nn.Linear
-    return nn.Sequential(nn.Linear(n_features, HIDDEN), nn.ReLU(), nn.Dropout(0.5), head(HIDDEN, n_classes))
+if TYPE_CHECKING:
+    from examples.tasks import Task
 
 
 def take_steps(
@@ -98,30 +47,41 @@ def train_epochs(
         yield loss
 
 
-def fit(name: str, settings: Settings, rows: Rows, epochs: int, seed: int) -> nn.Sequential:
-    """Trains a network as `train_epochs` does, with a bar that shows the mean loss of each epoch."""
-    torch.manual_seed(seed)
-    model = make_model(name, rows.inputs.shape[1], rows.n_classes)
-    loss_of = make_loss(name, settings, rows.count())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    model.train()
-
-    def loss_of_batch(batch: Tensor) -> Tensor:
-        return loss_of(model(rows.inputs[rows.group[batch]]), rows.target[batch])
-
-    losses = train_epochs(loss_of_batch, len(rows.target), BATCH, epochs, optimizer)
-    per_epoch, running = -(-len(rows.target) // BATCH), 0.0
-    with tqdm(losses, name, total=per_epoch * epochs, unit="step") as bar:
-        for step, loss in enumerate(bar, 1):
-            running += loss / per_epoch
-            if step % per_epoch == 0:
-                bar.set_postfix(loss=f"{running:.3f}")
-                running = 0.0
-    return model.eval()
+def make_model(task: Task, loss: Loss, settings: dict) -> nn.Sequential:
+    """The task's network, with a head of cosines for a loss that has one."""
+    if loss.cosine:
+        head = CosineHead(FEATURES, task.classes, settings.get("scale", 1.0), settings.get("length", 1.0))
+    else:
+        head = nn.Linear(FEATURES, task.classes)
+    return nn.Sequential(body_for(task.name, task.inputs), head)
 
 
-@torch.no_grad()
-def scores_of(model: nn.Module, rows: Rows) -> Tensor:
-    """Scores of rows, [N, C]; the network runs once for each distinct input."""
-    used, position = rows.group.unique(return_inverse=True)
-    return model(rows.inputs[used])[position]
+def fit_best_epoch(
+    model: nn.Module, criterion: nn.Module, task: Task, settings: dict, epochs: int, batch: int, keep_by: str
+) -> dict:
+    """Trains `model` and leaves it as it was after the epoch that was best on the validation rows.
+
+    Args:
+        settings: lr, weight_decay and eps of AdamW.
+        keep_by: The measure of the validation rows that chooses the epoch, a name of `measure`'s.
+
+    Returns:
+        The measures of the validation rows in that epoch, and its number, from 1.
+    """
+    chosen = {name: settings[name] for name in ("lr", "weight_decay", "eps")}
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **chosen)
+    rows, target = task.parts["train"]
+
+    def loss_of(batch: Tensor) -> Tensor:
+        return criterion(model(task.inputs[rows[batch]]), target[batch])
+
+    best, state, per_epoch = {keep_by: -1.0}, {}, -(-len(rows) // batch)
+    for step, _ in enumerate(train_epochs(loss_of, len(rows), batch, epochs, optimizer), 1):
+        if step % per_epoch == 0:
+            found = measure(model.eval(), task, "val") | {"epoch": step // per_epoch}
+            if found[keep_by] > best[keep_by]:
+                best, state = found, {name: value.clone() for name, value in model.state_dict().items()}
+            model.train()
+    model.load_state_dict(state)
+    model.eval()
+    return best

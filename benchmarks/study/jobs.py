@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.study.losses import BALANCED, BALANCED_DATA, EPS, IMBALANCED, LOSSES, OPTIMIZER
+from benchmarks.study.losses import BALANCED_DATA, IMBALANCED, LOSSES
+from examples.losses import BALANCED, EPS, OPTIMIZER
 from examples.machine import environment
 from examples.tasks import load
 from examples.trials import draw_points

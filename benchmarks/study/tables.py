@@ -1,10 +1,18 @@
 """The tables of the study, from its committed result."""
 
+from collections.abc import Callable, Iterable
 from statistics import mean
 
 from scipy.stats import ttest_1samp
 
-from benchmarks.committed import spread
+from benchmarks.committed import result, spread
+from benchmarks.markdown import grid
+from benchmarks.study.jobs import ABLATED, ABLATIONS, PLANS
+from examples.losses import EPS
+
+SHOTS = {"few": "few-shot", "medium": "medium-shot", "many": "many-shot"}
+METRICS = ("top-1", "top-5", "top-20", "macro top-5")
+SETTINGS = {"eps": "eps of AdamW", "n_sample": "B", "k": "K", "ranks": "Ks", "length": "length of rows at the start"}
 
 
 def falls_short(runs: list[dict], best: list[dict], metric: str) -> bool:
@@ -27,3 +35,108 @@ def accuracy_cells(runs: dict[str, list[dict]], metric: str) -> dict[str, str]:
         text = "{:.1f} ± {:.1f}".format(*spread(own, metric))
         cells[loss] = text if falls_short(own, runs[best], metric) else f"**{text}**"
     return cells
+
+
+def runs_of(report: dict, stage: str, data: str) -> dict[str, list[dict]]:
+    """The runs of one stage on a data set, by loss in the order of the plan."""
+    found = [run for run in report["runs"] if (run["stage"], run["data"]) == (stage, data)]
+    return {loss: own for loss in PLANS[data].losses if (own := [run for run in found if run["loss"] == loss])}
+
+
+def is_long_tailed(described: dict) -> bool:
+    return described["most"] > described["least"]
+
+
+def study_table(data: str) -> Callable[[], str]:
+    """Test figures of each loss on a data set."""
+
+    def made() -> str:
+        report = result("study")
+        described = report["data"][data]
+        if not described["complete"]:
+            return "The runs on these data are not complete."
+        runs = runs_of(report, "test", data)
+        # Where all classes have as many rows, the mean over classes is that over rows; wrong labels change rows only.
+        metrics = [*METRICS, *SHOTS] if is_long_tailed(described) and data != "noisy glyphs" else METRICS[:3]
+        columns = [accuracy_cells(runs, metric) for metric in metrics]
+        rows = [[loss, *(cells[loss] for cells in columns)] for loss in runs]
+        return grid(["loss", *(SHOTS.get(metric, metric) for metric in metrics)], rows)
+
+    return made
+
+
+def data_table() -> str:
+    report = result("study")
+    rows = []
+    for name, d in report["data"].items():
+        sizes = [str(d["rows"][part]) for part in ("train", "val", "test")]
+        rows.append([name, str(d["classes"]), *sizes, f"{d['least']} to {d['most']}"])
+    return grid(["data", "classes", "training", "validation", "test rows", "training rows of a class"], rows)
+
+
+def settings_text(settings: dict, names: Iterable[str]) -> str:
+    return ", ".join(f"{name} = {settings[name]:g}" for name in names)
+
+
+def settings_table() -> str:
+    """The settings that validation chose."""
+    report = result("study")
+    rows = []
+    for data in PLANS:
+        for loss, runs in runs_of(report, "test", data).items():
+            rows.append([data, loss, settings_text(runs[0]["settings"], runs[0]["settings"])])
+    return grid(["data", "loss", "settings"], rows)
+
+
+def eps_table() -> str:
+    """The best trial of each loss with each eps of AdamW."""
+    report = result("study")
+    rows = []
+    for data, plan in PLANS.items():
+        if not report["data"][data]["complete"]:
+            continue
+        for loss, trials in runs_of(report, "trial", data).items():
+            best = [max(t[plan.keep_by] for t in trials if t["settings"]["eps"] == eps) for eps in EPS]
+            rows.append([data, loss, *(f"{100 * value:.1f}" for value in best)])
+    return grid(["data", "loss", *(f"eps = {eps:g}" for eps in EPS)], rows)
+
+
+def ablation_table() -> str:
+    """Each setting varied by itself around the settings that validation chose."""
+    report = result("study")
+    rows, seeds = [], 0
+    for loss, keys in ABLATIONS.items():
+        for key, values in keys.items():
+            runs = runs_of(report, f"ablation of {key}", ABLATED).get(loss, [])
+            for value in values:
+                own = [run for run in runs if run["settings"][key] == value]
+                if len(own) > 1:
+                    seeds = len(own)
+                    name = value if isinstance(value, list) else f"{value:g}"
+                    cells = ("{:.1f} ± {:.1f}".format(*spread(own, metric)) for metric in (*METRICS, "few"))
+                    rows.append([loss, f"{SETTINGS.get(key, key)} = {name}", *cells])
+    note = f"{ABLATED}, {seeds} seeds, percent of the validation rows; all else as validation chose it."
+    return grid(["loss", "setting", *METRICS, "few-shot"], rows) + f"\n\n{note}"
+
+
+def accuracy_table() -> str:
+    """Top-5 and top-1 accuracy of every loss that more than one data set has, on the test rows."""
+    report = result("study")
+    sets = [data for data in PLANS if report["data"][data]["complete"]]
+    cells: dict[str, dict[str, str]] = {}
+    for data in sets:
+        runs, metric = runs_of(report, "test", data), PLANS[data].keep_by
+        for loss, first in accuracy_cells(runs, metric).items():
+            cells.setdefault(loss, {})[data] = f"{first}, {spread(runs[loss], 'top-1')[0]:.1f}"
+    rows = [[loss, *(own.get(data, "-") for data in sets)] for loss, own in cells.items()]
+    return grid(["loss", *(f"{data}: {PLANS[data].keep_by}, top-1" for data in sets)], rows)
+
+
+TABLES = {
+    "data": data_table,
+    **{data: study_table(data) for data in PLANS},
+    "settings": settings_table,
+    "eps": eps_table,
+    "ablation": ablation_table,
+    "accuracy": accuracy_table,
+}

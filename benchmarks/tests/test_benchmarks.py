@@ -49,7 +49,7 @@ def test_what_each_kind_claims():
 
 def test_species_come_from_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr(cases, "SPECIES", tmp_path / "logits.pt")
-    with pytest.raises(FileNotFoundError, match="examples/all_species.py --losses cross-entropy --save-logits"):
+    with pytest.raises(FileNotFoundError, match="examples.all_species --losses cross-entropy --save-logits"):
         cases.make_scores("species", 2, 5, "float32", "cpu")
     logits, target = torch.randn(3, 5).half(), torch.tensor([4, 0, 2])
     torch.save({"logits": logits, "target": target}, cases.SPECIES)

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-for needed in ("torchmetrics", "matplotlib", "fontTools", "PIL", "tqdm", "pytopk"):
+for needed in ("matplotlib", "fontTools", "PIL", "tqdm", "pytopk"):
     pytest.importorskip(needed, reason=f"the study needs {needed}, which the package itself does not")
 
 from benchmarks.study import jobs, runs  # noqa: E402
-from benchmarks.study.losses import BALANCED, EPS, LOSSES, OPTIMIZER  # noqa: E402
-from examples import evaluation, tasks  # noqa: E402
+from benchmarks.study.losses import LOSSES  # noqa: E402
+from examples import evaluation, tasks, training  # noqa: E402
 from examples.data_sets import kanji  # noqa: E402
 from examples.data_sets.dataset import Dataset  # noqa: E402
+from examples.losses import BALANCED, EPS, OPTIMIZER  # noqa: E402
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_rows_of_cosine_heads_start_at_the_length_asked_for(tiny, loss):
     torch.manual_seed(0)
     for length in (None, 3.0):
         settings = make_job(loss)["settings"] | ({} if length is None else {"length": length})
-        rows = runs.make_model(tiny, loss, settings)[-1].weight.norm(dim=1)
+        rows = training.make_model(tiny, LOSSES[loss], settings)[-1].weight.norm(dim=1)
         assert torch.allclose(rows, torch.tensor(length or 1.0))
 
 
@@ -79,11 +80,11 @@ def test_the_best_epoch_on_validation_rows_is_kept(monkeypatch, tiny):
         weights.append(model[-1].weight.detach().clone())
         return {"macro top-5": next(given)}
 
-    monkeypatch.setattr(runs, "measure", measure)
+    monkeypatch.setattr(training, "measure", measure)
     job = make_job("cross-entropy", epochs=4)
     torch.manual_seed(0)
-    model = runs.make_model(tiny, "cross-entropy", {})
-    found = runs.fit_best_epoch(
+    model = training.make_model(tiny, LOSSES["cross-entropy"], {})
+    found = training.fit_best_epoch(
         model, torch.nn.CrossEntropyLoss(), tiny, job["settings"], job["epochs"], job["batch"], job["keep_by"]
     )
     assert found == {"macro top-5": 0.7, "epoch": 2}
@@ -116,7 +117,8 @@ def test_only_the_final_runs_see_test_rows(monkeypatch, tiny):
     seen = []
     measured = {"macro top-5": 0.5}
     monkeypatch.setattr(runs, "load", lambda name, cache: tiny)
-    monkeypatch.setattr(runs, "measure", lambda model, task, part: seen.append(part) or measured)
+    for module in (runs, training):
+        monkeypatch.setattr(module, "measure", lambda model, task, part: seen.append(part) or measured)
     for stage, parts in (("trial", {"val"}), ("ablation of k", {"val"}), ("test", {"val", "test"})):
         seen.clear()
         runs.run(make_job("cross-entropy", epochs=1, stage=stage), None)

@@ -63,28 +63,3 @@ def shuffle_within_classes(target: np.ndarray, seed: int) -> tuple[np.ndarray, n
     order = order[np.argsort(target[order], kind="stable")]
     count = np.bincount(target)
     return order, np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Row numbers of the three parts."""
-
-    train: np.ndarray
-    val: np.ndarray
-    test: np.ndarray
-
-
-def split_rows(target: np.ndarray, seed: int) -> Split:
-    """Gives a quarter of every class (rounded down) to validation, as much to the test, and the rest to training.
-
-    Raises:
-        ValueError: if a class has fewer than 4 rows, which do not suffice for three parts.
-    """
-    count = np.bincount(target)
-    if count.min() < 4:
-        raise ValueError(f"every class needs at least 4 rows, got {count.min()} of class {count.argmin()}")
-    order, rank = shuffle_within_classes(target, seed)
-    quarter = np.repeat(count // 4, count)
-    part = np.where(rank < quarter, 0, np.where(rank < 2 * quarter, 1, 2))
-    test, val, train = (np.sort(order[part == i]) for i in range(3))
-    return Split(train, val, test)

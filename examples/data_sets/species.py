@@ -20,7 +20,7 @@ PACKAGE = Package(
     "ncbi-rrna-data",
     "6.1.20170106+dfsg1-10 (Debian 12)",
     "6a66c1c170eb5a3f1b7d806ad7787fb57ee0a9db26a488b90bc722c440ad327f",
-    otherwise="; or use --data glyphs, which needs no download",
+    otherwise="; or use --data kanji",
 )
 DATABASE = "SSURef_93.fasta"
 MIN_ROWS = 4  # a species needs one row in each part of the split, and a second one for training
