@@ -5,8 +5,11 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 
-from benchmarks.committed import bias_is_seen, digest, median, result
+from benchmarks.committed import bias_is_seen, digest, median, result, spread
 from benchmarks.loss import BASIC, CURVES, EQUAL
+from benchmarks.study.jobs import PLANS
+from benchmarks.study.losses import LOSSES
+from benchmarks.study.tables import runs_of
 from benchmarks.style import COLOURS, GREY, MARKERS, save_svg
 
 TOPS = (("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"))
@@ -109,11 +112,30 @@ def language_model(figure) -> None:
     left.legend(fontsize=8)
 
 
+def study(figure) -> None:
+    """The top-1, top-5 and top-20 accuracy of every loss on the data whose runs are complete."""
+    report = result("study")
+    sets = [data for data in PLANS if report["data"][data]["complete"]]
+    losses = [loss for loss in reversed(LOSSES) if any(loss in PLANS[data].losses for data in sets)]
+    for axes, data in zip(figure.subplots(1, len(sets), sharey=True, squeeze=False)[0], sets):
+        runs = runs_of(report, "test", data)
+        for metric, colour, marker in TOPS:
+            found = [(place, *spread(runs[loss], metric)) for place, loss in enumerate(losses) if loss in runs]
+            place, value, error = zip(*found)
+            style = dict(color=colour, marker=marker, linestyle="none", capsize=2, label=metric)
+            axes.errorbar(value, place, xerr=error, **style)
+        axes.set_title(data, fontsize=9)
+        axes.set_xlabel("percent of test rows")
+        axes.set_yticks(range(len(losses)), losses)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+
+
 # By name, the function that draws a plot, the results that it is drawn from, and its size in inches.
 PLOTS = {
     "time_length": (time_length, ("cpu",), (7.5, 4.2)),
     "time_samples_rank": (time_samples_rank, ("cpu",), (7.5, 3.6)),
     "memory_length": (memory_length, ("cpu",), (7.5, 3.2)),
+    "study": (study, ("study",), (10, 4.8)),
     "gradient": (gradient, ("gradient", "gradient_cpu"), (9, 4.2)),
     "language_model": (language_model, ("language_model",), (9, 3.8)),
 }

@@ -14,6 +14,7 @@ from statistics import mean, stdev
 from benchmarks import ROOT
 from benchmarks.committed import bias_is_seen, median, result
 from benchmarks.markdown import grid, ms, show, time_and_ratio, where
+from benchmarks.study.tables import TABLES as STUDY
 
 IMAGES = ROOT / "docs" / "img"
 PAGES = ("README.md", "docs/choosing.md", "docs/performance.md", "docs/study.md")
@@ -234,6 +235,7 @@ TABLES = {
     "sampling": sampling_table,
     "language model": language_table,
     "model": model_table,
+    **STUDY,
 }
 MARK = re.compile(r"<!-- ([a-z -]+) table -->\n(.*?)<!-- end -->", re.DOTALL)
 
