@@ -45,11 +45,25 @@ def shape(case: dict) -> str:
 
 
 def speed_table() -> str:
-    """Many classes: the losses beside cross-entropy."""
-    report = result("cpu")
-    cases = [c for c in cases_of(report, "goals") if c["L"] >= 10_000 and (c["n_sample"], c["epsilon"]) == (5, 1)]
-    note = "Forward + backward, K = 5, B = 5 and epsilon = 1, on N(0, 1) scores."
-    return times_table(cases, {"N, L": shape}, note, report)
+    """README's: many classes, with the last layer and without it."""
+    linear, report, rows = result("linear_cpu"), result("cpu"), []
+    for case in cases_of(linear, "linear"):
+        row = ["layer and loss, N, D, L = {N}, {D}, {L}".format(**case)]
+        for name in (PLAIN, "sampled cross-entropy, B = 16", "noised top-5, B = 5"):
+            time, peak = case["ms"][name]["both"]["median"], case["peak_bytes"][name]
+            shares = time / case["ms"][PLAIN]["both"]["median"], peak / case["peak_bytes"][PLAIN]
+            row.append(f"{ms(time)} ms ({shares[0]:.2f}), {peak / 2**20:.0f} MiB ({shares[1]:.2f})")
+        rows.append([*row, "-"])
+    for case in cases_of(report, "goals"):
+        if case["L"] >= 10_000 and (case["n_sample"], case["epsilon"]) == (5, 1):
+            names = ("cross-entropy", "sampled cross-entropy", "topk_fast", "pytopk")
+            cells = [time_and_ratio(case, name) if name in case["ms"] else "-" for name in names]
+            rows.append(["loss on logits, N, L = {N}, {L}".format(**case), *cells])
+    note = (
+        "Forward + backward on N(0, 1) scores or features, epsilon = 1, and the peak of extra memory; in brackets the "
+        f"ratio to cross-entropy. The layer: commit {linear['environment']['commit']}."
+    )
+    return show(["", "cross-entropy", "sampled, B = 16", "noised top-5, B = 5", "pytopk"], rows, note, report)
 
 
 def goals_table() -> str:
