@@ -51,8 +51,8 @@ def kernels(target: str, folder: Path) -> list[dict]:
     cubin, ptx = folder / f"{target}.cubin", folder / f"{target}.ptx"
     run("nvcc", f"-arch={target}", *FLAGS, "-ptx", "-o", ptx, SOURCE)
     log = run("nvcc", f"-arch={target}", "-O3", "-Xptxas", "-v", "-cubin", "-o", cubin, ptx)
-    text = ptx.read_text()
-    forbidden = set(re.findall(r"\b(?:fma|mad\.(?:rn|rz)|[\w.]+\.approx|div\.full|sqrt\.approx)[\w.]*", text))
+    pattern = re.compile(r"\b(?:fma|mad\.(?:rn|rz)|[\w.]+\.approx|div\.full|sqrt\.approx)[\w.]*")
+    forbidden = {part.split("(")[0]: set(pattern.findall(part)) for part in ptx.read_text().split(".entry ")[1:]}
     code, out = machine_code(cubin), []
     for part in re.split(r"Compiling entry function '", log)[1:]:
         number = lambda pattern, part=part: int(re.search(pattern, part).group(1))  # noqa: E731
@@ -68,7 +68,7 @@ def kernels(target: str, folder: Path) -> list[dict]:
                 "instructions": len(ops),
                 "loads_of_16_bytes": sum(bool(re.match(r"LDG?\.E.*\.128", op)) for op in ops),
                 "stores_of_16_bytes": sum(bool(re.match(r"STG?\.E.*\.128", op)) for op in ops),
-                "forbidden": sorted(forbidden),
+                "forbidden": sorted(forbidden[mangled]),
             }
         )
     return out

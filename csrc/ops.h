@@ -1,8 +1,8 @@
-// The ops, once for all devices: candidates, excess and gradient, from tensors to requests.
+// The ops, once for all devices: candidates, excess and gradient, from tensors to requests; link on CUDA.
 //
 // A Device is made for a tensor, whose device it makes current. It has `holds(tensor)`, `empty(sizes, dtype)`,
-// `readable(scores)`, `search(Search)` and `gradient(Gradient)`. What is checked here keeps memory safe; users' errors
-// are raised by topk_fast/checks.py.
+// `readable(scores)`, `search(Search)` and `gradient(Gradient)`, and `link(Link)` where that is called. What is checked
+// here keeps memory safe; users' errors are raised by topk_fast/checks.py.
 #pragma once
 
 #include <optional>
@@ -30,14 +30,20 @@ struct Ops {
   using Maybe = std::optional<Tensor>;
   using Ranks = std::vector<int64_t>;
 
-  // A tensor's numbers, checked to be on the scores' device, packed, of this dtype and shape.
-  static Tensor checked(const Device& device, const Tensor& x, const char* name, ScalarType dtype,
-                        std::initializer_list<int64_t> sizes) {
+  // Checks that a tensor is on the scores' device, of this dtype and shape.
+  static void check(const Device& device, const Tensor& x, const char* name, ScalarType dtype,
+                    std::initializer_list<int64_t> sizes) {
     STD_TORCH_CHECK(device.holds(x), name, " must be on the device of the scores");
     bool fits = x.scalar_type() == dtype && x.dim() == (int64_t)sizes.size();
     for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x.size((int64_t)i) == sizes.begin()[i];
     STD_TORCH_CHECK(fits, name, " must be ", toString(dtype), " of shape ", shape_string(sizes), ", got ",
                     toString(x.scalar_type()), " of shape ", shape_string(x.sizes()));
+  }
+
+  // The same, packed.
+  static Tensor checked(const Device& device, const Tensor& x, const char* name, ScalarType dtype,
+                        std::initializer_list<int64_t> sizes) {
+    check(device, x, name, dtype, sizes);
     return packed(x);
   }
 
@@ -124,8 +130,20 @@ struct Ops {
     return run(device, p, {p.n_rows, p.n_ranks}, {p.n_rows, n_sample, p.n_ranks}, scores.scalar_type());
   }
 
-  static Tensor gradient(const Tensor& grad_, const Tensor& classes_, const Maybe& target_, int64_t ignore_index,
+  static Tensor gradient(const Tensor& grad, const Tensor& classes, const Maybe& target, int64_t ignore_index,
                          int64_t first_class, int64_t n_classes, ScalarType dtype) {
+    return gradient_of(grad, {}, {}, classes, target, ignore_index, first_class, n_classes, dtype);
+  }
+
+  static Tensor linked_gradient(const Tensor& grad, const Tensor& slope, const Tensor& divisor, const Tensor& classes,
+                                const Maybe& target, int64_t ignore_index, int64_t first_class, int64_t n_classes,
+                                ScalarType dtype) {
+    return gradient_of(grad, slope, divisor, classes, target, ignore_index, first_class, n_classes, dtype);
+  }
+
+  static Tensor gradient_of(const Tensor& grad_, const Maybe& slope_, const Maybe& divisor_, const Tensor& classes_,
+                            const Maybe& target_, int64_t ignore_index, int64_t first_class, int64_t n_classes,
+                            ScalarType dtype) {
     const Device device(classes_);
     STD_TORCH_CHECK(
         classes_.dim() == 3 && classes_.size(1) > 0 && classes_.size(2) > 0 && classes_.size(2) <= kMaxRanks,
@@ -135,18 +153,63 @@ struct Ops {
     Gradient g{};
     g.n_rows = classes_.size(0), g.n_sample = classes_.size(1), g.n_ranks = classes_.size(2);
     const Tensor classes = checked(device, classes_, "classes", ScalarType::Long, {g.n_rows, g.n_sample, g.n_ranks});
-    const Tensor grad = checked(device, grad_, "grad", arithmetic(dtype), {g.n_rows, g.n_ranks});
-    Maybe target;
+    Maybe grad, slope, divisor, target;
+    if (!slope_) {
+      grad = checked(device, grad_, "grad", arithmetic(dtype), {g.n_rows, g.n_ranks});
+    } else if (grad_.dim() == 0) {
+      check(device, *(grad = grad_), "grad", arithmetic(dtype), {});
+    } else {
+      check(device, *(grad = grad_), "grad", arithmetic(dtype), {g.n_rows});
+      g.grad_stride = grad_.stride(0);
+    }
+    if (slope_) {
+      slope = checked(device, *slope_, "slope", arithmetic(dtype), {g.n_rows, g.n_ranks});
+      divisor = checked(device, *divisor_, "divisor", arithmetic(dtype), {});
+      g.slope = slope->const_data_ptr(), g.divisor = divisor->const_data_ptr();
+    }
     if (target_) {
       target = checked(device, *target_, "target", ScalarType::Long, {g.n_rows});
       g.target = (const int64_t*)target->const_data_ptr(), g.ignore_index = ignore_index;
     }
     Tensor out = device.empty({g.n_rows, n_classes}, dtype);
-    g.grad = grad.const_data_ptr(), g.classes = (const int64_t*)classes.const_data_ptr();
+    g.grad = grad->const_data_ptr(), g.classes = (const int64_t*)classes.const_data_ptr();
     g.first_class = first_class, g.n_classes = n_classes, g.type = score_type(dtype);
     g.out = out.mutable_data_ptr();
     if (g.n_rows && n_classes) device.gradient(g);
     return out;
+  }
+
+  // The losses, [N] or without dimensions, the slope [N, M], and the divisor.
+  static std::tuple<Tensor, Tensor, Tensor> link(const Tensor& excess_, const Tensor& target_, int64_t ignore_index,
+                                                 int64_t kind, double temperature, double margin, const Maybe& margins_,
+                                                 double scale, std::vector<double> rank_weights, const Maybe& weight_,
+                                                 int64_t reduction) {
+    const Device device(excess_);
+    const ScalarType type = arithmetic(excess_.scalar_type());
+    const int64_t n_rows = excess_.dim() == 2 ? excess_.size(0) : 0, n_ranks = (int64_t)rank_weights.size();
+    STD_TORCH_CHECK(n_ranks >= 1 && n_ranks <= kMaxRanks, "there must be 1 to ", kMaxRanks, " ranks, got ", n_ranks);
+    STD_TORCH_CHECK(kind >= 0 && kind <= 2 && reduction >= 0 && reduction <= 2,
+                    "link and reduction must be in [0, 2], got ", kind, " and ", reduction);
+    const Tensor excess = checked(device, excess_, "excess", type, {n_rows, n_ranks});
+    const Tensor target = checked(device, target_, "target", ScalarType::Long, {n_rows});
+    const bool is_reduced = (Reduction)reduction != Reduction::kNone;
+    const Tensor losses = is_reduced ? device.empty({}, type) : device.empty({n_rows}, type);
+    const Tensor slope = device.empty({n_rows, n_ranks}, type), divisor = device.empty({}, type);
+    Link p{excess.const_data_ptr(), (const int64_t*)target.const_data_ptr(), ignore_index, n_rows, n_ranks};
+    Maybe margins, weight;
+    const auto numbers = [&](const Maybe& given, Maybe& kept, const char* name) -> const void* {
+      if (!given) return nullptr;
+      if (!p.n_classes) p.n_classes = given->numel();
+      return (kept = checked(device, *given, name, type, {p.n_classes}))->const_data_ptr();
+    };
+    p.margins = numbers(margins_, margins, "margins"), p.weight = numbers(weight_, weight, "weight");
+    p.temperature = temperature, p.margin = margin, p.scale = scale;
+    for (int64_t m = 0; m < n_ranks; ++m) p.rank_weights[m] = rank_weights[m];
+    p.kind = (LinkKind)kind, p.reduction = (Reduction)reduction, p.is_double = type == ScalarType::Double;
+    p.losses = losses.mutable_data_ptr(), p.slope = slope.mutable_data_ptr();
+    p.divisor = divisor.mutable_data_ptr();
+    device.link(p);
+    return {losses, slope, divisor};
   }
 };
 

@@ -33,14 +33,38 @@ struct Search {
   int64_t* classes;  // [n_rows, n_sample, k or n_ranks]
 };
 
-// The gradient of the scores from that of the excesses, or the slice of it from first_class on.
+enum class LinkKind : int32_t { kHinge, kSoftplus, kIdentity };
+enum class Reduction : int32_t { kMean, kSum, kNone };
+
+// The losses of excesses, as topk_fast/criterion.py's Criterion. Numbers in memory are double where excesses are, else
+// float.
+struct Link {
+  const void* excess;     // [n_rows, n_ranks]
+  const int64_t* target;  // [n_rows]
+  int64_t ignore_index, n_rows, n_ranks, n_classes;
+  const void* margins;  // [n_classes], or null: `margin` for every class
+  const void* weight;   // [n_classes], or null: 1
+  double temperature, margin, scale, rank_weights[kMaxRanks];
+  LinkKind kind;
+  Reduction reduction;
+  bool is_double;
+  void* losses;   // one number, or [n_rows]
+  void* slope;    // [n_rows, n_ranks]: the derivative of a row's loss in its excesses
+  void* divisor;  // one number, by which a mean divides; else it is 1
+};
+
+// The gradient of the scores from that of the excesses, or the slice of it from first_class on. With a slope, the
+// gradient of an excess is grad / divisor * slope.
 struct Gradient {
   const void* grad;        // [n_rows, n_ranks], double where the scores are double, else float
   const int64_t* classes;  // [n_rows, n_sample, n_ranks]
   const int64_t* target;   // [n_rows] or null
   int64_t ignore_index, n_rows, n_sample, n_ranks, first_class, n_classes;
   ScoreType type;
-  void* out;  // [n_rows, n_classes] of `type`
+  void* out;            // [n_rows, n_classes] of `type`
+  const void* slope;    // [n_rows, n_ranks], or null
+  const void* divisor;  // one number
+  int64_t grad_stride;  // with a slope, `grad` has one number a row, so far apart
 };
 
 }  // namespace topk_fast

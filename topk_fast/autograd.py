@@ -13,6 +13,8 @@ from torch.autograd import Function
 from . import ops, reference
 from .request import Labels, Noise, Place, Search, Slice
 
+_MOST_ROWS = 1 << 14  # whose losses one block of a GPU adds up
+
 
 def _excess(search: Search) -> tuple[Tensor, Tensor]:
     """Excesses [N, M] and class ids [N, B, M]; where classes lie on several ranks, over the classes of all of them."""
@@ -105,35 +107,60 @@ def differentiable_excess(search: Search) -> Tensor:
 
 
 class _Loss(Function):
-    """Scores to reduced losses in one node of the graph: separate nodes for the link make a small step slower."""
+    """Scores to reduced losses in one node of the graph: separate nodes for the link make a small step slower.
+
+    For a link with curvature the excesses are a second output. A graph of the derivative starts from them, and what
+    comes back through them is the gradient of that graph.
+    """
 
     @staticmethod
     def forward(ctx, scores, search, criterion):
+        labels = search.labels
+        ctx.fused = _is_fused(search, criterion)
         # The ops have derivatives of their own, whose Python would cost some 6 us a call here, where this one's counts.
         with torch._C._AutoDispatchBelowAutograd():
             excess, classes = _excess(search)
-            linked = criterion.linked(excess, search.labels)
-            losses, divisor = criterion.losses(linked, search.labels)
-        _keep(ctx, search, classes, linked, divisor)
+            if ctx.fused:
+                arguments = criterion.arguments(excess.shape[1])
+                link = ops.kernel("link", search.backend)
+                loss, slope, divisor = link(excess, labels.target, labels.ignore_index, *arguments)
+            else:
+                loss, slope, divisor = criterion.evaluated(excess, labels)
+        excess = excess if criterion.is_curved else None
+        _keep(ctx, search, classes, excess, slope, divisor)
         ctx.criterion = criterion
-        return criterion.reduce(losses, divisor)
+        ctx.set_materialize_grads(False)
+        return loss, excess
 
     @staticmethod
-    def backward(ctx, grad):
-        *kept, linked, divisor = ctx.saved_tensors
-        if divisor is not None:
-            grad = grad / divisor
-        slope = ctx.criterion.slope(linked, Labels(kept[1], ctx.ignore_index))
-        grad = grad[:, None] if grad.dim() else grad
-        return _differentiate(ctx, grad * slope, *kept), None, None
+    def backward(ctx, grad, grad_excess):
+        *kept, excess, slope, divisor = ctx.saved_tensors
+        if grad is None:
+            return None if grad_excess is None else _differentiate(ctx, grad_excess, *kept), None, None
+        if ctx.fused and grad_excess is None and not torch.is_grad_enabled():
+            linked_gradient = ops.kernel("linked_gradient", ctx.backend)
+            return linked_gradient(grad, slope, divisor, *kept, ctx.ignore_index, *ctx.part), None, None
+        if excess is not None and torch.is_grad_enabled():
+            loss = ctx.criterion.reduced(excess, Labels(kept[1], ctx.ignore_index))
+            (total,) = torch.autograd.grad(loss, excess, grad, create_graph=True)
+        else:
+            grad = grad if divisor is None else grad / divisor
+            total = (grad[:, None] if grad.dim() else grad) * slope
+        return _differentiate(ctx, total if grad_excess is None else total + grad_excess, *kept), None, None
+
+
+def _is_fused(search: Search, criterion) -> bool:
+    """Whether one kernel evaluates the criterion. A loss that is reduced is the work of one block, for a few rows."""
+    few = criterion.reduction == "none" or search.scores.shape[0] <= _MOST_ROWS
+    return few and search.shards is None and ops.has_link(search.backend)
 
 
 def loss(search: Search, criterion) -> Tensor:
     """The `criterion.Criterion` of a search's excesses, [N] or reduced, differentiable in the scores."""
-    in_pieces = criterion.is_curved or search.noise.learned_epsilon is not None
+    in_pieces = search.noise.learned_epsilon is not None or criterion.is_curved and not _is_fused(search, criterion)
     if in_pieces or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return criterion.reduced(differentiable_excess(search), search.labels)
-    return _Loss.apply(search.scores, search, criterion)
+    return _Loss.apply(search.scores, search, criterion)[0]
 
 
 def _derivative_of(backend: str):

@@ -3,7 +3,8 @@ r"""What a loss makes of the excesses of the smoothed ranks over the true class'
 .. math:: e_m = top_{K_m + 1}(s) - s_y, \qquad
           \ell = w_y \sum_m r_m \, scale \cdot link(m_y + e_m)
 
-A link, its margins, weights, ignored rows and the reduction stand here and nowhere else.
+A link, its margins, weights, ignored rows and the reduction stand here. The backend "cuda" has a kernel for all of it,
+csrc/cuda/link.h, because on a GPU each operation on a few numbers costs a launch.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 from .request import Labels
 
 LINKS = ("hinge", "softplus", "identity")
+REDUCTIONS = ("mean", "sum", "none")
 _LINEAR_FROM = 50.0  # where softplus and its argument are equal in float64
 
 
@@ -48,8 +50,7 @@ class Criterion(NamedTuple):
     def losses(self, linked: Tensor, labels: Labels) -> tuple[Tensor, Tensor | None]:
         """Losses [N] from the links' values, 0 in rows whose target is ``ignore_index``, and their mean's divisor.
 
-        The mean divides by the number of rows that are not ignored, or by the sum of their classes' weights. Both
-        results come from one call because on a GPU each operation on a few numbers costs a launch.
+        The mean divides by the number of rows that are not ignored, or by the sum of their classes' weights.
         """
         valid = labels.target != labels.ignore_index
         columns = list(linked.unbind(1))
@@ -82,6 +83,19 @@ class Criterion(NamedTuple):
         if self.weight is not None:
             slope = slope * self.weight[labels.known, None]
         return slope if self.scale == 1.0 else slope * self.scale
+
+    def evaluated(self, excess: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss of the excesses, `slope`, and the divisor of a mean."""
+        linked = self.linked(excess, labels)
+        losses, divisor = self.losses(linked, labels)
+        return self.reduce(losses, divisor), self.slope(linked, labels), divisor
+
+    def arguments(self, n_ranks: int) -> tuple:
+        """What the op ``link_cuda``, which does the same as `evaluated`, takes of it."""
+        margin, margins = (0.0, self.margin) if isinstance(self.margin, Tensor) else (self.margin, None)
+        rank_weights = self.rank_weights or (1.0,) * n_ranks
+        link, reduction = LINKS.index(self.link), REDUCTIONS.index(self.reduction)
+        return link, self.temperature, margin, margins, self.scale, rank_weights, self.weight, reduction
 
     @property
     def vectors(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from numbers import Real
 from torch import Tensor
 
 from . import checks, noise_checks
-from .criterion import LINKS, Criterion
+from .criterion import LINKS, REDUCTIONS, Criterion
 from .reference import arithmetic
 from .request import LossRequest, Noise
 
@@ -73,7 +73,7 @@ def _check_rank_weights(weights, n_ranks):
 
 
 def check_reduction(reduction):
-    if reduction not in ("mean", "sum", "none"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, reference
+from .criterion import REDUCTIONS
 from .request import LABELS, NOISE, PLACE, SLICE, Labels, Noise, Place, Slice
 
 _LIBRARY = torch.library.Library("topk_fast", "DEF")
@@ -43,6 +44,15 @@ def _fake_gradient(grad, classes, target, ignore_index, first_class, n_classes, 
     return grad.new_empty((classes.shape[0], n_classes), dtype=dtype)
 
 
+def _fake_link(excess, target, ignore_index, *arguments):
+    shape = excess.shape[:1] if REDUCTIONS[arguments[-1]] == "none" else ()
+    return excess.new_empty(shape), torch.empty_like(excess), excess.new_empty(())
+
+
+def _fake_linked_gradient(grad, slope, divisor, *args):
+    return _fake_gradient(grad, *args)
+
+
 # In reference.py's words: what an op's flat arguments are.
 _REFERENCE = {
     "candidates": lambda scores, *a: reference.candidates(scores, Noise(*a[:_N]), Place(*a[_N:])),
@@ -51,12 +61,12 @@ _REFERENCE = {
 }
 
 
-def define(name: str, schema: str, fake, kernel_of=None) -> None:
-    """Defines the op ``name`` of every backend, with its fake kernel.
+def define(name: str, schema: str, fake, kernel_of=None, names=backends.NAMES) -> None:
+    """Defines the op ``name`` of every backend, or of those with these names, with its fake kernel.
 
     ``kernel_of(backend)``, where it is given, returns that backend's kernel for all devices.
     """
-    for backend in backends.NAMES:
+    for backend in names:
         own = f"{name}_{backend}"
         _LIBRARY.define(own + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"topk_fast::{own}", fake, lib=_LIBRARY)
@@ -81,6 +91,11 @@ def kernel(name: str, backend: str):
     return _OPS[name, backend]
 
 
+def has_link(backend: str) -> bool:
+    """Whether a kernel of the backend evaluates a criterion."""
+    return ("link", backend) in _OPS
+
+
 def _on_triton(name):
     def run(*args):
         return getattr(importlib.import_module("topk_fast.triton_kernels.launch"), name)(*args)
@@ -94,6 +109,19 @@ define(
     "gradient",
     f"(Tensor grad, Tensor classes, Tensor? target, int ignore_index, {SLICE}) -> Tensor",
     _fake_gradient,
+)
+define(
+    "link",
+    "(Tensor excess, Tensor target, int ignore_index, int link, float temperature, float margin, Tensor? margins, "
+    "float scale, float[] rank_weights, Tensor? weight, int reduction) -> (Tensor, Tensor, Tensor)",
+    _fake_link,
+    names=["cuda"],
+)
+define(
+    "linked_gradient",
+    f"(Tensor grad, Tensor slope, Tensor divisor, Tensor classes, Tensor? target, int ignore_index, {SLICE}) -> Tensor",
+    _fake_linked_gradient,
+    names=["cuda"],
 )
 for _name, _kernel in _REFERENCE.items():
     _LIBRARY.impl(f"{_name}_torch", _kernel, "CompositeExplicitAutograd")

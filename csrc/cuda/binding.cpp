@@ -40,6 +40,7 @@ struct Cuda {
     const Tensor workspace = empty({topk_cuda_workspace(&p, &gpu)}, ScalarType::Char);
     check_launch(topk_cuda_search(&p, &gpu, workspace.mutable_data_ptr(), stream()));
   }
+  void link(const Link& p) const { check_launch(topk_cuda_link(&p, stream())); }
   void gradient(const Gradient& g) const { check_launch(topk_cuda_gradient(&g, stream())); }
 };
 
@@ -49,6 +50,8 @@ STABLE_TORCH_LIBRARY_IMPL(topk_fast, CUDA, m) {
   m.impl("candidates_cuda", TORCH_BOX(&Ops<Cuda>::candidates));
   m.impl("excess_cuda", TORCH_BOX(&Ops<Cuda>::excess));
   m.impl("gradient_cuda", TORCH_BOX(&Ops<Cuda>::gradient));
+  m.impl("link_cuda", TORCH_BOX(&Ops<Cuda>::link));
+  m.impl("linked_gradient_cuda", TORCH_BOX(&Ops<Cuda>::linked_gradient));
 }
 
 }  // namespace topk_fast

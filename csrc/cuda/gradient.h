@@ -14,15 +14,16 @@ constexpr int64_t kGradientBytes = 8192;  // of the output, filled by a block
 // The entry of class c in row n: the sum over the ranks of g_m * (count_m / B), less that of g_m for the target.
 template <class S>
 __device__ S entry_of(const Gradient& g, int64_t n, int64_t c, bool is_target) {
-  const S* grad = (const S*)g.grad + n * g.n_ranks;
   const int64_t* classes = g.classes + n * g.n_sample * g.n_ranks;
+  const S* grads = (const S*)(g.slope ? g.slope : g.grad) + n * g.n_ranks;
+  const S times = g.slope ? ((const S*)g.grad)[n * g.grad_stride] / *(const S*)g.divisor : (S)1;
   S entry = (S)0, total = (S)0;
   for (int64_t m = 0; m < g.n_ranks; ++m) {
     int64_t count = 0;
     for (int64_t b = 0; b < g.n_sample; ++b) count += classes[b * g.n_ranks + m] == c;
-    const S share = grad[m] * ((S)count / (S)g.n_sample);
+    const S grad = times * grads[m], share = grad * ((S)count / (S)g.n_sample);
     entry = m ? entry + share : share;
-    total = m ? total + grad[m] : grad[m];
+    total = m ? total + grad : grad;
   }
   return is_target ? entry - total : entry;
 }

@@ -10,6 +10,7 @@
 // contraction (--fmad=false); what `word_bound` drops could not have entered. Lists are kept in (value, class) order,
 // which is total: no result depends on the order of the threads.
 #include "gradient.h"
+#include "link.h"
 #include "search.h"
 
 namespace topk_fast {
@@ -65,6 +66,12 @@ __global__ void __launch_bounds__(kBlock, kResident) search_kernel(const Args a)
     if (Team<TEAM>::rank() == 0) state.n += (int64_t)gridDim.x * teams;
     Team<TEAM>::sync();
   }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kLinkBlock) link_kernel(const Link p) {
+  TOPK_FAST_SHARED(shared);
+  write_losses<S>(p, (int64_t*)shared);
 }
 
 template <class T>
@@ -137,6 +144,14 @@ extern "C" int topk_cuda_search(const Search* search, const Gpu* gpu, void* work
     case ScoreType::kBFloat16: launch_search<BFloat16>(a, stream); break;
     case ScoreType::kFloat16: launch_search<Half>(a, stream); break;
   }
+  return last_error();
+}
+
+extern "C" int topk_cuda_link(const Link* link, void* stream) {
+  const int64_t blocks = link->reduction == Reduction::kNone ? (link->n_rows + kLinkBlock - 1) / kLinkBlock : 1;
+  const auto kernel = link->is_double ? link_kernel<double> : link_kernel<float>;
+  const unsigned grid = (unsigned)(blocks ? blocks : 1), shared = kLinkBlock / 32 * sizeof(int64_t);
+  TOPK_FAST_LAUNCH(kernel, grid, kLinkBlock, shared, (cudaStream_t)stream, *link);
   return last_error();
 }
 

@@ -19,5 +19,6 @@ extern "C" topk_fast::Gpu topk_cuda_gpu(int device);
 extern "C" int64_t topk_cuda_workspace(const topk_fast::Search* search, const topk_fast::Gpu* gpu);  // bytes
 extern "C" int topk_cuda_search(const topk_fast::Search* search, const topk_fast::Gpu* gpu, void* workspace,
                                 void* stream);
+extern "C" int topk_cuda_link(const topk_fast::Link* link, void* stream);
 extern "C" int topk_cuda_gradient(const topk_fast::Gradient* gradient, void* stream);
 extern "C" const char* topk_cuda_message(int error);

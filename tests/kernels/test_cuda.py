@@ -12,12 +12,14 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from testing import KINDS, LARGE_SEARCHES, ROOT, assert_same, scores_of
 from topk_fast import available_backends, noise, ops, reference
+from topk_fast.criterion import REDUCTIONS, Criterion
 from topk_fast.request import Labels, Noise, Place, Slice
 
 SOURCES = ROOT / "csrc"
@@ -69,6 +71,32 @@ class Gradient(ctypes.Structure):
         ("n_classes", LONG),
         ("type", INT),
         ("out", POINTER),
+        ("slope", POINTER),
+        ("divisor", POINTER),
+        ("grad_stride", LONG),
+    ]
+
+
+class Link(ctypes.Structure):
+    _fields_ = [
+        ("excess", POINTER),
+        ("target", POINTER),
+        ("ignore_index", LONG),
+        ("n_rows", LONG),
+        ("n_ranks", LONG),
+        ("n_classes", LONG),
+        ("margins", POINTER),
+        ("weight", POINTER),
+        ("temperature", DOUBLE),
+        ("margin", DOUBLE),
+        ("scale", DOUBLE),
+        ("rank_weights", DOUBLE * 32),
+        ("kind", INT),
+        ("reduction", INT),
+        ("is_double", BOOL),
+        ("losses", POINTER),
+        ("slope", POINTER),
+        ("divisor", POINTER),
     ]
 
 
@@ -170,7 +198,8 @@ class Model:
         shapes = (n_rows, len(ranks)), (n_rows, wanted.n_sample, len(ranks))
         return self._search(x, wanted, Place(), labels, ranks, shapes)
 
-    def gradient(self, grad, classes, labels, of):
+    def gradient(self, grad, classes, labels, of, slope=None, divisor=None):
+        """With a slope ``grad`` has a number for each row, or one for all of them."""
         out = torch.empty((classes.shape[0], of.n_classes), dtype=of.dtype)
         request = Gradient(
             grad.contiguous().data_ptr(),
@@ -182,9 +211,39 @@ class Model:
             of.n_classes,
             DTYPES.index(of.dtype),
             out.data_ptr(),
+            pointer(slope),
+            pointer(divisor),
+            grad.dim(),
         )
         self._run(self.library.topk_cuda_gradient, ctypes.byref(request))
         return out
+
+    def link(self, excess, labels, criterion):
+        n_ranks = excess.shape[1]
+        link, temperature, margin, margins, scale, rank_weights, weight, reduction = criterion.arguments(n_ranks)
+        shape = excess.shape[:1] if criterion.reduction == "none" else ()
+        losses, slope, divisor = excess.new_empty(shape), torch.empty_like(excess), excess.new_empty(())
+        request = Link(
+            excess.data_ptr(),
+            labels.target.data_ptr(),
+            labels.ignore_index,
+            *excess.shape,
+            max(len(x) if x is not None else 0 for x in (margins, weight)),
+            pointer(margins),
+            pointer(weight),
+            temperature,
+            margin,
+            scale,
+            (DOUBLE * 32)(*rank_weights),
+            link,
+            reduction,
+            excess.dtype == torch.float64,
+            losses.data_ptr(),
+            slope.data_ptr(),
+            divisor.data_ptr(),
+        )
+        self._run(self.library.topk_cuda_link, ctypes.byref(request))
+        return losses, slope, divisor
 
 
 class Device:
@@ -210,8 +269,14 @@ class Device:
     def excess(self, x, wanted, labels):
         return self._run("excess", x, *wanted, *labels)
 
-    def gradient(self, grad, classes, labels, of):
-        return self._run("gradient", grad, classes, labels.target, labels.ignore_index, *of)
+    def gradient(self, grad, classes, labels, of, slope=None, divisor=None):
+        entries = (classes, labels.target, labels.ignore_index, *of)
+        if slope is None:
+            return self._run("gradient", grad, *entries)
+        return self._run("linked_gradient", grad, slope, divisor, *entries)
+
+    def link(self, excess, labels, criterion):
+        return self._run("link", excess, *labels[:2], *criterion.arguments(excess.shape[1]))
 
 
 ON_GPU = "cuda" in available_backends("cuda") and torch.cuda.is_available()
@@ -425,6 +490,75 @@ def test_gradients_of_many_rows_in_one_block(one_order, dtype):
         for labels in (Labels(target), Labels(None)):
             entries = (grad, classes, labels, Slice(0, n_classes, dtype))
             assert_same(one_order.gradient(*entries), reference.gradient(*entries))
+
+
+CRITERIA = {
+    "hinge": Criterion(),
+    "scaled hinge, margins": Criterion(margin=torch.linspace(0.01, 0.3, 40), scale=50.0),
+    "several ranks, weights": Criterion(
+        margin=-0.3, scale=0.7, rank_weights=(0.3, 2.0, 1.1), weight=torch.linspace(0, 2, 40)
+    ),
+    "identity": Criterion("identity", margin=0.0),
+    "softplus": Criterion("softplus", 0.3, margin=0.1, rank_weights=(1.0, 0.5), weight=torch.linspace(0.1, 2, 40)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_links(model, name, dtype):
+    """Each row has the bits of torch's formula, but for the softplus, whose exp and log1p may round otherwise.
+
+    Sums over rows differ by their order: by N units of the sum of the terms' magnitudes at most.
+    """
+    chosen = CRITERIA[name]
+    tensors = {field: x.to(dtype) for field, x in chosen._asdict().items() if isinstance(x, torch.Tensor)}
+    chosen, unit = chosen._replace(**tensors), torch.finfo(dtype).eps
+    step = torch.finfo(dtype).smallest_normal * unit  # between subnormal numbers
+    close = partial(torch.testing.assert_close, rtol=8 * unit, atol=2 * step)
+    same = close if chosen.is_curved else assert_same
+    generator = torch.Generator().manual_seed(1)
+    for n_rows in (1, 7, 1500):
+        excess = torch.randn(n_rows, len(chosen.rank_weights or [1]), generator=generator, dtype=dtype)
+        excess[::5] *= 100
+        labels = Labels(torch.randint(40, (n_rows,), generator=generator))
+        labels.target[1::3] = -100
+        leaf = excess.clone().requires_grad_()
+        terms = chosen._replace(reduction="none").reduced(leaf, labels)
+        terms.sum().backward()
+        valid = labels.target != -100
+        shares = valid.to(dtype) if chosen.weight is None else chosen.weight[labels.known] * valid
+        for reduction in REDUCTIONS:
+            losses, slope, divisor = model.link(excess, labels, chosen._replace(reduction=reduction))
+            same(slope[valid], leaf.grad[valid])
+            error = n_rows * unit
+            if reduction == "none":
+                same(losses, terms.detach())
+            else:
+                assert losses.shape == () and abs(losses * divisor - terms.sum()) <= 2 * error * terms.abs().sum()
+            torch.testing.assert_close(
+                divisor, shares.sum() if reduction == "mean" else shares.new_ones(()), rtol=error, atol=0
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_a_link(one_order, dtype):
+    """The bits of a gradient that is divided and multiplied by the slope before: for all rows, or a number a row."""
+    generator, of = torch.Generator().manual_seed(3), Slice(0, 30, dtype)
+    classes = torch.randint(-1, 30, (9, 5, 2), generator=generator)
+    labels = Labels(torch.tensor([3, -100, 0, 29, 5, 5, -100, 7, 1]))
+    slope = torch.randn(9, 2, generator=generator, dtype=reference.arithmetic(dtype))
+    divisor = slope.new_tensor(7.0)
+    for grad in (slope.new_tensor(-0.3), slope.new_tensor(range(9)) / 3):
+        given = one_order.gradient(grad, classes, labels, of, slope, divisor)
+        assert_same(given, reference.gradient((grad / divisor).expand(9)[:, None] * slope, classes, labels, of))
+
+
+def test_a_link_of_no_rows(one_order):
+    """As torch's: a mean over no rows is NaN, a sum is 0."""
+    for reduction, wanted in (("mean", torch.nan), ("sum", 0.0)):
+        labels = Labels(torch.zeros(0, dtype=torch.int64))
+        loss, slope, _ = one_order.link(torch.zeros(0, 1), labels, Criterion(reduction=reduction))
+        assert_same(loss, torch.tensor(wanted)), slope.shape == (0, 1)
 
 
 def test_no_rows_no_classes_and_all_ignored(one_order):
@@ -693,10 +827,13 @@ def test_compiled_for_gpus_within_the_budget():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert len(facts) == 3 * 4 * (2 * 2 + 3)  # architectures, dtypes, kernels: searches by law and team, and the others
+    # architectures; dtypes, kernels: searches by law and team, and the others; the link's two types
+    assert len(facts) == 3 * (4 * (2 * 2 + 3) + 2)
     for row in facts:
         assert row["registers"] <= 64 and row["spill_bytes"] == 0 and row["stack_bytes"] == 0, row
-        assert row["forbidden"] == [], row
-        wide = {"search_kernel": 6, "cut_kernel": 1, "collect_kernel": 4, "gradient_kernel": 0}
+        assert row["forbidden"] == [] or row["kernel"].startswith("link"), (
+            row
+        )  # whose softplus has CUDA's exp and log1p
+        wide = {"search_kernel": 6, "cut_kernel": 1, "collect_kernel": 4, "gradient_kernel": 0, "link_kernel": 0}
         assert row["loads_of_16_bytes"] >= wide[row["kernel"].split()[0]], row
         assert row["stores_of_16_bytes"] >= (row["kernel"].startswith("gradient")), row

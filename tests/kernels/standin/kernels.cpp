@@ -69,6 +69,7 @@ void add_kernels(Table& table) {
 const Table& kernels() {
   static const Table all = [] {
     Table table;
+    Named<link_kernel<float>>::add(table), Named<link_kernel<double>>::add(table);
     add_kernels<float>(table), add_kernels<double>(table), add_kernels<BFloat16>(table), add_kernels<Half>(table);
     return table;
   }();

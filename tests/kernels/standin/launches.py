@@ -9,7 +9,7 @@ import torch
 
 import topk_fast
 from testing import assert_same, randn
-from topk_fast import BalNoisedTopK, functional, noise, ops
+from topk_fast import BalNoisedTopK, ImbalNoisedTopK, NoisedTopKLoss, SampledCrossEntropy, functional, noise, ops
 
 
 def step(x, y, **options):
@@ -42,7 +42,7 @@ def test_launches_go_to_the_device_of_the_scores(calls, noise_on):
     step(x, y, seed=1)
     assert torch.cuda.current_device() == 0
     launches = calls.launches()
-    assert sum(call["ours"] for call in launches) == 4 and {call["device"] for call in launches} == {1}
+    assert sum(call["ours"] for call in launches) == 5 and {call["device"] for call in launches} == {1}
     expected = ops.kernel("excess", "cpp")(x.detach().cpu(), *noise_on("cpu", 6, 2), y.cpu(), -100, False)
     assert_same((excess.cpu(), classes.cpu()), expected)
 
@@ -82,7 +82,7 @@ def test_launches_go_to_the_current_stream(calls, batch):
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     launches = calls.launches()
     (number,) = {call["stream"] for call in launches}
-    assert number and sum(call["ours"] for call in launches) == 2
+    assert number and sum(call["ours"] for call in launches) == 3
     step(*batch, seed=1)
     assert {call["stream"] for call in calls.launches()} == {0}
 
@@ -131,7 +131,7 @@ def test_a_step_is_captured(calls, batch, seeded):
     captured = [call for call in noted[begin + 1 : end] if call.get("captured")]
     others = {call["what"] for call in noted[begin + 1 : end] if not call.get("captured")}
     assert others <= ({"malloc"} if seeded else {"malloc", "synchronise"}), others
-    assert sum(call["what"] == "launch" and call["ours"] for call in captured) == 2
+    assert sum(call["what"] == "launch" and call["ours"] for call in captured) == 3
 
 
 def test_a_wait_breaks_a_capture():
@@ -160,17 +160,27 @@ def test_a_replay_reads_the_tensors_anew(batch, noise_on):
         assert_same(tuple(t.cpu() for t in out), (*expected, gradient))
 
 
-def test_launches_of_a_step(calls):
-    """In eager mode. Two are kernels of this project, one is the seed's, one torch's 1 for the gradient of the loss."""
+LOSSES = {
+    "balanced": lambda: BalNoisedTopK(5, 1.0),
+    "imbalanced": lambda: ImbalNoisedTopK(5, 1.0, 0.3, range(1, 1001)),
+    "sampled cross-entropy": lambda: SampledCrossEntropy(),
+    "softplus of two ranks": lambda: NoisedTopKLoss((1, 5), link="softplus"),
+    "class weights": lambda: NoisedTopKLoss(5, weight=torch.linspace(0.1, 2.0, 1000)),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_launches_of_a_step(calls, loss):
+    """In eager mode: a search, a link, a gradient; the seed's and torch's 1 for the gradient of the loss."""
     x, y = randn(128, 1000).cuda().requires_grad_(), (torch.arange(128) * 7).cuda()
-    criterion = BalNoisedTopK(5, 1.0, backend="cuda")
+    criterion = LOSSES[loss]().cuda()
     calls.take()
     criterion(x, y).backward()
     launches = calls.take("launch", "copy")
-    print(f"\n{len(launches)} launches of a step of BalNoisedTopK(5), forward and backward:")
+    print(f"\n{len(launches)} launches of a step of {criterion}, forward and backward:")
     for call in launches:
         print(f"  {call.get('grid', ''):>8}  {call.get('kernel', call.get('kind'))[:140]}")
-    assert len(launches) == 16 and sum(call.get("ours", 0) for call in launches) == 2
+    assert len(launches) == 5 and sum(call.get("ours", 0) for call in launches) == 3
 
 
 @pytest.mark.parametrize("label", [-1, 40])
