@@ -26,6 +26,7 @@ class Gpu(NamedTuple):
     parameters_at: int  # of a kernel, in bank 0
     shared_at: int  # where a block's shared memory starts
     double_lanes: int  # of float64 arithmetic, a cycle
+    has_slow_memory: bool  # as the launchers call it: a narrow bus for so many multiprocessors
     launch: float = 2.0e-6  # seconds of a launch that nothing hides, assumed
     schedulers: int = 4
 
@@ -48,6 +49,7 @@ GPUS = {
         parameters_at=0x210,
         shared_at=0x400,
         double_lanes=64,
+        has_slow_memory=False,
     ),
     "L4": Gpu(
         name="L4",
@@ -65,6 +67,7 @@ GPUS = {
         parameters_at=0x160,
         shared_at=0,
         double_lanes=2,
+        has_slow_memory=True,
     ),
 }
 

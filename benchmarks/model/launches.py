@@ -166,10 +166,10 @@ class Calls:
         except Exception as error:  # nothing passes through C
             self.failed = error
 
-    def __call__(self, name: str, *arguments, take, processors: int, shared_memory: int):
-        """A call of the model's method ``name``, as for a GPU of so many multiprocessors and bytes in each."""
+    def __call__(self, name: str, *arguments, take, processors: int, shared_memory: int, cache: int):
+        """A call of the model's method ``name``, as for a GPU of so many multiprocessors, bytes in each, and cache."""
         self.take, self.failed = take, None
-        self.model.processors, self.model.shared_memory = processors, shared_memory
+        self.model.processors, self.model.shared_memory, self.model.cache = processors, shared_memory, cache
         self.model.library.launches_hook(self.hook)
         out = getattr(self.model, name)(*arguments)
         if self.failed:

@@ -134,8 +134,10 @@ struct Pass {
   // Reads the masks of the next segment. Each thread reads later only those that it wrote.
   __device__ __forceinline__ void read_segment(Progress& at) const {
     at.segment = at.tile;
+    // Short segments of a long row are still in L1 when the list reads their scores again.
+    const int slots = TEAM > 32 && at.tiles > kSlots<TEAM> ? kSlots<TEAM> / 4 : kSlots<TEAM>;
 #pragma unroll 1
-    for (int slot = 0; slot < kSlots<TEAM> && at.tile < at.tiles; ++slot, at.tile += at.step)
+    for (int slot = 0; slot < slots && at.tile < at.tiles; ++slot, at.tile += at.step)
       bits[slot * TEAM + Threads::rank()] = (Mask<T>)mask_of(at.tile);
   }
 
@@ -173,6 +175,13 @@ struct Pass {
           list[place].class_id = (int32_t)(first_class(tile) + place_of_bit<TEAM, T>(first_lane(mask)));
   }
 };
+
+// Starts a pass over every step-th tile of a team's row; one thread calls it.
+template <int TEAM, class T>
+__device__ __forceinline__ void start_pass(const Args& a, State<T>& state, int first, int step) {
+  state.progress = Pass<TEAM, T>(state.row, state.bits(a.layout)).start(first, step);
+  state.listed.whole = false;
+}
 
 // A thread's account of a list: its length, and for the thread's share of it the sum of the distances from the cut and
 // whether a score is NaN.

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kBlock, kResident) collect_kernel(const Args a
   State<T>& state = make_state<kBlock, T>(a, shared, n);
   if (threadIdx.x == 0) {
     state.row.scores = scores_of<T>(a.search, n), state.row.cut = *parts.cut;
-    state.progress = Pass<kBlock, T>(state.row, state.bits(a.layout)).start(part, a.layout.parts);
+    start_pass<kBlock>(a, state, part, a.layout.parts);
     state.listed.at = parts.list + (int64_t)part * a.layout.part_capacity;
     state.listed.capacity = a.layout.part_capacity;
   }
@@ -123,7 +123,11 @@ extern "C" Gpu topk_cuda_gpu(int device) {
     int n = 0;
     return cudaDeviceGetAttribute(&n, attribute, device) == cudaSuccess && n > 0 ? n : otherwise;
   };
-  return {get(cudaDevAttrMultiProcessorCount, 1), get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kBlockBudget)};
+  const int processors = get(cudaDevAttrMultiProcessorCount, 1);
+  // GDDR has 3 to 7 bits of a bus for each multiprocessor, HBM about 40.
+  const bool is_slow = get(cudaDevAttrGlobalMemoryBusWidth, 40 * processors) < 10 * processors;
+  return {processors, get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kBlockBudget),
+          is_slow ? get(cudaDevAttrL2CacheSize, 1) : 0};
 }
 
 extern "C" const char* topk_cuda_message(int error) { return cudaGetErrorString((cudaError_t)error); }

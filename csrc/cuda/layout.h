@@ -14,6 +14,7 @@ constexpr int kSegmentBytes = 16384;  // of a row, whose hits a warp's bitmap ho
 constexpr int kMaxParts = 16;         // blocks that share a row
 constexpr int kSamples = 16;          // samples of a row that are searched side by side, at most
 constexpr int kResident = 8;          // blocks of a search that run on a multiprocessor at a time, by its registers
+constexpr int kFewest = 2;            // of these, where rows should stay in L2
 constexpr int kPilot = 32;            // contenders whose draws make the first bound
 constexpr int kMostAtOnce = 4096;     // contenders in a team's list, about
 constexpr int kBlockBudget = 46 << 10;  // bytes of shared memory that every GPU gives a block
@@ -235,7 +236,9 @@ Args arguments(const Search& search, const Gpu& gpu) {
   l.list_in_shared = at + aligned(list) <= budget;
   l.list_at = l.list_in_shared ? place(list) : 0;
   l.shared = at;
-  const int64_t most = kResident * (int64_t)gpu.processors * l.teams;  // teams at work at a time; each takes many rows
+  int64_t most = kResident * (int64_t)gpu.processors * l.teams;  // teams at work at a time; each takes many rows
+  const int64_t fit = gpu.cache / (n_classes * item), fewest = kFewest * (int64_t)gpu.processors;
+  if (gpu.cache && l.parts == 1 && fit < most) most = fit > fewest ? fit : fewest;
   const int64_t teams = n_rows < 1 ? 1 : n_rows < most ? n_rows : most;
   l.blocks = (teams + l.teams - 1) / l.teams;
   l.workspace_list = l.best_in_shared ? 0 : aligned(best);

@@ -149,8 +149,7 @@ __device__ void next_contenders(const Args& a, State<T>& state) {
     Threads::sync();
     if (Threads::rank() == 0) {
       state.row.cut = -infinity<S>();
-      state.progress = Pass<TEAM, T>(state.row, state.bits(a.layout)).start(0, 1);
-      state.listed.whole = false;
+      start_pass<TEAM>(a, state, 0, 1);
     }
     Threads::sync();
   }
@@ -191,7 +190,7 @@ __device__ void search_row(const Args& a, State<T>& state) {
       const int64_t left = p.n_sample - state.first_sample;
       state.n_samples = left < a.layout.samples ? (int32_t)left : a.layout.samples;
       state.reach = -infinity<ArithmeticOf<T>>();
-      if (!state.listed.whole) state.progress = Pass<TEAM, T>(state.row, state.bits(a.layout)).start(0, 1);
+      if (!state.listed.whole) start_pass<TEAM>(a, state, 0, 1);
     }
     Threads::sync();
     if (state.n_samples == 0) break;

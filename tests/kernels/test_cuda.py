@@ -101,7 +101,7 @@ class Link(ctypes.Structure):
 
 
 class Gpu(ctypes.Structure):
-    _fields_ = [("processors", INT), ("shared_memory", INT)]
+    _fields_ = [("processors", INT), ("shared_memory", INT), ("cache", LONG)]
 
 
 H100_SHARED_MEMORY = 228 << 10
@@ -142,12 +142,12 @@ class Model:
     """Calls a library's launchers on CPU tensors, with reference.py's functions and arguments.
 
     ``order`` seeds the order of threads; a layout is chosen as for a GPU with so many ``processors``, and so many bytes
-    of shared memory in each.
+    of shared memory in each, and so many bytes of ``cache`` in which rows should stay.
     """
 
     def __init__(self, path, order=0):
         self.library, self.order = ctypes.CDLL(str(path)), order
-        self.processors, self.shared_memory = 1, H100_SHARED_MEMORY
+        self.processors, self.shared_memory, self.cache = 1, H100_SHARED_MEMORY, 0
         self.library.topk_cuda_workspace.restype = LONG
         self.library.simt_error.restype = ctypes.c_char_p
         self.library.simt_start.argtypes = [ctypes.c_uint64]
@@ -182,7 +182,7 @@ class Model:
             values.data_ptr(),
             classes.data_ptr(),
         )
-        gpu = Gpu(self.processors, self.shared_memory)
+        gpu = Gpu(self.processors, self.shared_memory, self.cache)
         size = self.library.topk_cuda_workspace(ctypes.byref(request), ctypes.byref(gpu))
         workspace = torch.full((size // 8,), -(2**60), dtype=torch.int64)  # nobody may count on zeros
         arguments = ctypes.byref(request), ctypes.byref(gpu), POINTER(workspace.data_ptr())
@@ -249,7 +249,7 @@ class Model:
 class Device:
     """The same calls on a GPU."""
 
-    processors = shared_memory = 0  # its own
+    processors = shared_memory = cache = 0  # its own
 
     @staticmethod
     def there(x):
@@ -394,6 +394,13 @@ def test_multiprocessors_with_less_memory(one_order, n_rows, n_classes, k, n_sam
     one_order.shared_memory = shared_memory
     x, wanted = scores_of("normal", torch.float32, n_rows, n_classes, 6), noise_of(k, n_sample=n_sample)
     assert_same(one_order.candidates(x, wanted), reference.candidates(x, wanted))
+
+
+def test_fewer_rows_at_work_where_they_should_stay_in_a_cache(one_order):
+    """Two blocks take seven rows, or three of them, whose lists in the workspace are as many."""
+    x, wanted = scores_of("normal", torch.float32, 7, 2500, 6), noise_of(200, n_sample=3)
+    for one_order.cache in (1, 30_000):
+        assert_same(one_order.candidates(x, wanted), reference.candidates(x, wanted))
 
 
 @pytest.mark.host
