@@ -195,7 +195,9 @@ struct Ops {
     const bool is_reduced = (Reduction)reduction != Reduction::kNone;
     const Tensor losses = is_reduced ? device.empty({}, type) : device.empty({n_rows}, type);
     const Tensor slope = device.empty({n_rows, n_ranks}, type), divisor = device.empty({}, type);
-    Link p{excess.const_data_ptr(), (const int64_t*)target.const_data_ptr(), ignore_index, n_rows, n_ranks};
+    Link p{};
+    p.excess = excess.const_data_ptr(), p.target = (const int64_t*)target.const_data_ptr();
+    p.ignore_index = ignore_index, p.n_rows = n_rows, p.n_ranks = n_ranks;
     Maybe margins, weight;
     const auto numbers = [&](const Maybe& given, Maybe& kept, const char* name) -> const void* {
       if (!given) return nullptr;
