@@ -1,4 +1,4 @@
-// The k best of s + epsilon * Z for every row and sample, the excesses made of them, and the gradient, in CUDA.
+// The k best of s + epsilon * Z for every row and sample, excesses and losses made of them, and the gradient, in CUDA.
 //
 // Formula and sampler: topk_fast/reference.py; draws: noise.h. A team of 32 or 128 threads takes a row through its
 // stages (search.h): `cut_of` finds the cut from groups of classes, `collect` streams the row and lists the contenders,
