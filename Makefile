@@ -38,8 +38,10 @@ help:
 	  "setuptools>=77" ninja --group test --group benchmarks --group examples
 	touch $@
 
+# V=1 shows the compiler's lines; without it they are in build/log, and shown if the build fails.
 build: $(ENVIRONMENT)
-	$(PYTHON) setup.py --quiet build_ext --inplace
+	@mkdir -p build
+	@$(PYTHON) setup.py --quiet build_ext --inplace $(if $(V),,> build/log || { cat build/log; exit 1; })
 
 # With pytest-xdist a worker for each core takes whole files, whose fixtures are then made once.
 test: build
