@@ -18,7 +18,7 @@ class PackageUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """One version of a package; `otherwise` completes the remedy, as "; or use --data glyphs"."""
+    """One version of a package; `otherwise` completes the remedy, as "; or use --data species"."""
 
     name: str
     version: str  # with its Debian release
