@@ -100,8 +100,10 @@ int main(int, char** arguments) {
     for (size_t i = 0; i < n_values; ++i)
       size == 8 ? sum.add(((double*)values.get())[i]) : sum.add(((float*)values.get())[i]);
     if (!p.n_ranks) continue;
-    Gradient g{values.get(), classes.get(), p.target,      -100, p.n_rows, p.n_sample, p.n_ranks, 0,
-               p.n_classes,  p.type,        gradient.get()};
+    Gradient g{};
+    g.grad = values.get(), g.classes = classes.get(), g.target = p.target, g.ignore_index = -100;
+    g.n_rows = p.n_rows, g.n_sample = p.n_sample, g.n_ranks = p.n_ranks, g.n_classes = p.n_classes;
+    g.type = p.type, g.out = gradient.get();
     switch (p.type) {
       case ScoreType::kFloat32: add_gradient<float>(sum, g); break;
       case ScoreType::kFloat64: add_gradient<double>(sum, g); break;
