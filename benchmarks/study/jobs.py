@@ -72,11 +72,15 @@ def job_of(stage: str, data: str, loss: str, settings: dict, seed: int) -> dict:
     return {"stage": stage, "data": data, "loss": loss, "settings": settings, "seed": seed} | length
 
 
+def trials_of(data: str, loss: str) -> list[dict]:
+    return [job_of("trial", data, loss, settings, TRIAL_SEED) for settings in settings_of(loss, data)]
+
+
 def chosen_settings(data: str, done: list[dict]) -> dict[str, dict]:
     """The settings of the best trial of each loss whose trials are all done."""
     have, chosen = {key_of(record): record for record in done}, {}
     for loss in PLANS[data].losses:
-        trials = [job_of("trial", data, loss, settings, TRIAL_SEED) for settings in settings_of(loss, data)]
+        trials = trials_of(data, loss)
         found = [have[key_of(trial)] for trial in trials if key_of(trial) in have]
         if len(found) == len(trials):
             chosen[loss] = max(found, key=lambda record: record[PLANS[data].keep_by])["settings"]
@@ -85,11 +89,7 @@ def chosen_settings(data: str, done: list[dict]) -> dict[str, dict]:
 
 def jobs(data: str, done: list[dict]) -> list[dict]:
     """The jobs of a data set, as far as they are known: all trials, and the best ones again, on the test rows."""
-    trials = [
-        job_of("trial", data, loss, settings, TRIAL_SEED)
-        for loss in PLANS[data].losses
-        for settings in settings_of(loss, data)
-    ]
+    trials = [job for loss in PLANS[data].losses for job in trials_of(data, loss)]
     chosen = chosen_settings(data, done)
     return trials + [job_of("test", data, loss, best, seed) for loss, best in chosen.items() for seed in SEEDS]
 

@@ -1,6 +1,6 @@
 """The tables of the study, from its committed result."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from statistics import mean
 
 from scipy.stats import ttest_1samp
@@ -78,17 +78,14 @@ def data_table() -> str:
     return grid(["data", "classes", "training", "validation", "test rows", "training rows of a class"], rows)
 
 
-def settings_text(settings: dict, names: Iterable[str]) -> str:
-    return ", ".join(f"{name} = {settings[name]:g}" for name in names)
-
-
 def settings_table() -> str:
     """The settings that validation chose."""
     report = result("study")
     rows = []
     for data in PLANS:
         for loss, runs in runs_of(report, "test", data).items():
-            rows.append([data, loss, settings_text(runs[0]["settings"], runs[0]["settings"])])
+            text = ", ".join(f"{name} = {value:g}" for name, value in runs[0]["settings"].items())
+            rows.append([data, loss, text])
     return grid(["data", "loss", "settings"], rows)
 
 
