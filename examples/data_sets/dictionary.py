@@ -69,12 +69,16 @@ def parse(text: str, min_count: int = MIN_COUNT) -> Text:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(entries))
     held_out = len(entries) // SHARE
     val, test, train = np.split(order, [held_out, 2 * held_out])
-    count = Counter(chain.from_iterable(words_of(entries[i]) for i in tqdm(train, "counting words", unit="entry")))
+    count = Counter(
+        chain.from_iterable(words_of(entries[i]) for i in tqdm(train, "counting words", unit="entry", disable=None))
+    )
     words = [UNKNOWN] + [word for word, n in count.most_common() if n >= min_count]
     number = {word: i for i, word in enumerate(words)}
 
     def encode(part: Sequence[int]) -> np.ndarray:
-        listed = chain.from_iterable(words_of(entries[i]) for i in tqdm(part, "numbering words", unit="entry"))
+        listed = chain.from_iterable(
+            words_of(entries[i]) for i in tqdm(part, "numbering words", unit="entry", disable=None)
+        )
         return np.fromiter((number.get(word, 0) for word in listed), np.int32)
 
     return Text(words, encode(train), encode(val), encode(test))

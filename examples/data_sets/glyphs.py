@@ -37,7 +37,7 @@ def matplotlib_fonts() -> list[Path]:
 def render(fonts: Sequence[Path], min_fonts: int = MIN_FONTS) -> Dataset:
     """One image per font and character, for the characters that at least `min_fonts` fonts draw."""
     rows = []
-    for path in tqdm(fonts, "rendering fonts", unit="font"):
+    for path in tqdm(fonts, "rendering fonts", unit="font", disable=None):
         pen = ImageFont.truetype(path, size=20)
         for code in TTFont(path, lazy=True).getBestCmap():
             image = _draw(pen, chr(code)) if unicodedata.category(chr(code))[0] in "LNPS" else b""

@@ -72,7 +72,7 @@ def parse(database: Path, whole: bool = False) -> Dataset:
     """
     records = BlastDatabase(database)
     rows = []
-    for i in tqdm(range(len(records)), "reading 16S genes", unit="gene"):
+    for i in tqdm(range(len(records)), "reading 16S genes", unit="gene", disable=None):
         name = species_of(records.title(i))
         region = (records.sequence(i) if whole else v4_region(records.sequence(i))) if name else None
         if region:
@@ -81,7 +81,9 @@ def parse(database: Path, whole: bool = False) -> Dataset:
     rows = [row for row in rows if count[row[0]] >= (1 if whole else MIN_ROWS)]
     classes, target = np.unique([name for name, _ in rows], return_inverse=True)
     regions, group = np.unique([region for _, region in rows], return_inverse=True)
-    inputs = np.stack([kmer_counts(region) for region in tqdm(regions, f"counting {KMER}-mers", unit="gene")])
+    inputs = np.stack(
+        [kmer_counts(region) for region in tqdm(regions, f"counting {KMER}-mers", unit="gene", disable=None)]
+    )
     return Dataset("all species" if whole else "species", classes.tolist(), inputs, group, target)
 
 
