@@ -66,7 +66,7 @@ CASES = [
     Case(8192, 32_768, torch.bfloat16, (1,), 16, law="gumbel"),
     Case(1024, 1000, torch.float32, (2, 4, 6), 5, exclude_target=True),
 ]
-QUICK = [CASES[i] for i in (4, 5, 8, 9)]
+QUICK = [CASES[4], CASES[5]._replace(law="gumbel", exclude_target=True)]
 
 
 def stand_in(target: GPUTarget, device: tuple) -> MagicMock:

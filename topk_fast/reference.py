@@ -24,6 +24,7 @@ from . import noise
 from .request import Labels, Noise, Place, Slice
 
 _START = Place()
+_FEW_SAMPLES = 128  # whose classes are counted by comparing all pairs
 _BUDGET = 1 << 22  # entries of the largest temporary, of which a dozen live at once
 
 
@@ -289,10 +290,7 @@ def entries(grad: Tensor, classes: Tensor, labels: Labels) -> tuple[Tensor, Tens
     if target is not None:
         places = torch.cat([places, target[:, None]], dim=1)
     places = places.clamp(min=0)
-    step = max(1, _BUDGET // (places.shape[1] * n_sample * n_ranks))
-    counts = torch.cat(
-        [(p[:, :, None, None] == c[:, None]).sum(2) for p, c in zip(places.split(step), classes.split(step))]
-    ).to(grad.dtype)  # [N, J, M]
+    counts = count_occurrences(places, classes).to(grad.dtype)  # [N, J, M]
     # A tensor as divisor: by a number, CUDA would multiply with its rounded inverse.
     terms = grad[:, None] * (counts / torch.full_like(counts, n_sample))
     value, total = terms[..., 0], grad[:, 0]
@@ -304,6 +302,22 @@ def entries(grad: Tensor, classes: Tensor, labels: Labels) -> tuple[Tensor, Tens
         value = torch.where(is_target, value - total[:, None], value)
         absent = absent & ~is_target | (target == ignore_index)[:, None]
     return places, value.masked_fill(absent, 0.0)
+
+
+def count_occurrences(places: Tensor, classes: Tensor) -> Tensor:
+    """How often each of the places [N, J] stands among the classes [N, B, M] of each rank: [N, J, M].
+
+    All pairs are compared where samples are few, which is faster; else a binary search takes J log B steps.
+    """
+    n_sample, n_ranks = classes.shape[1:]
+    if n_sample > _FEW_SAMPLES:
+        ordered = classes.transpose(1, 2).contiguous().sort(dim=2).values
+        wanted = places[:, None].expand(-1, n_ranks, -1).contiguous()
+        least, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))
+        return (end - least).transpose(1, 2)
+    step = max(1, _BUDGET // (places.shape[1] * n_sample * n_ranks))
+    pairs = zip(places.split(step), classes.split(step))
+    return torch.cat([(p[:, :, None, None] == c[:, None]).sum(2) for p, c in pairs])
 
 
 def gradient(grad: Tensor, classes: Tensor, labels: Labels, of: Slice) -> Tensor:

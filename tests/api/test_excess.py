@@ -61,7 +61,8 @@ def test_is_its_definition(exclude_target, noise, backend):
 @both_laws
 @pytest.mark.parametrize("k, exclude_target", [(0, False), ([0, 3], False), ([1, 4], True)])
 def test_gradcheck_of_first_and_second_derivatives(k, exclude_target, noise, backend):
-    scores, target = batch()
+    scores, target = (x[1:5] for x in batch())  # a few rows: of each entry all derivatives are taken
+    scores, target = scores[:, :20], torch.where(target < 20, target, 3)
     options = dict(epsilon=0.7, noise=noise, exclude_target=exclude_target, seed=SEED, backend=backend)
     functions = [
         lambda x: noised_excess(x, target, k, **options),

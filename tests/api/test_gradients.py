@@ -17,8 +17,10 @@ from topk_fast.functional import (
     bal_noised_topk_loss,
     class_margins,
     imbal_noised_topk_loss,
+    linear_sampled_cross_entropy,
     noised_topk,
     noised_topk_candidates,
+    sampled_cross_entropy,
 )
 
 SEED = 2022
@@ -311,3 +313,26 @@ def test_mean_gradient_is_the_slope_of_the_mean(name, n_classes, sampler, top, b
         assert off <= 5 * error + bias, f"class {j}: {float(off)} against a standard error of {float(error)}"
     if name != "smoothed value":
         assert 0.1 < (slopes[:, true] < 0).double().mean() < 0.9, "open and closed hinges"
+
+
+@pytest.mark.parametrize("n_sample", [1, 5, 128, 129, 300])
+def test_classes_are_counted_with_few_samples_and_with_many(n_sample):
+    """Two ways, one for each side of 129 samples; ids of -1 are no class's."""
+    generator = torch.Generator().manual_seed(n_sample)
+    classes = torch.randint(-1, 30, (3, n_sample, 2), generator=generator)
+    places = torch.randint(30, (3, 40), generator=generator)
+    for row in range(3):
+        for rank in range(2):
+            counts = torch.bincount(classes[row, :, rank] + 1, minlength=31)[places[row] + 1]
+            assert torch.equal(reference.count_occurrences(places, classes)[row, :, rank], counts)
+
+
+@both_backends
+def test_many_samples_of_a_linear_loss_cost_no_table_of_pairs(backend):
+    """20 000 samples, whose table of pairs would have 400 million entries; the gradient is that of the logits."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 3, generator=generator), torch.randn(7, 3, generator=generator).requires_grad_()
+    y, common = torch.tensor([2]), dict(n_sample=20_000, seed=1, backend=backend)
+    (of_linear,) = torch.autograd.grad(linear_sampled_cross_entropy(x, weight, y, **common), weight)
+    (of_logits,) = torch.autograd.grad(sampled_cross_entropy(x @ weight.t(), y, **common), weight)
+    torch.testing.assert_close(of_linear, of_logits)

@@ -810,7 +810,7 @@ def sanitized(tmp_path, sources, select):
 @NEEDS_GXX
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_under_sanitizers(tmp_path):
-    done = sanitized(tmp_path, SOURCES, "order0 and float32 or every_order or list_holds")
+    done = sanitized(tmp_path, SOURCES, "order0 and float32 or every_order and order1 or list_holds")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 

@@ -88,7 +88,7 @@ GPU_SHAPES = [  # few classes, many samples and large k, whole rows, rows in two
     Shape("thinned", 4097, 1, 16, F16, 2, noise="gumbel"),
     Shape("thinned", 20_011, 6, 5, BF16, 4, what="value", several=True),
 ]
-NUMBERS = range(len(GPU_SHAPES) if ON_GPU else 5)
+NUMBERS = range(len(GPU_SHAPES) if ON_GPU else 3)
 
 
 def drawn(draw, number):
