@@ -9,7 +9,7 @@ import pytest
 
 from testing import ROOT
 
-FLAGS = "-O1 -std=c++17 -w -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+FLAGS = "-Og -std=c++17 -w -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
 
 
