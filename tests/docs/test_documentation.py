@@ -25,7 +25,7 @@ def test_docstrings(module):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+    "page", ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 )
 def test_python_blocks_run(page, monkeypatch):
     """With the variables of a world of one, which torchrun sets; test_integrations.py has two processes."""

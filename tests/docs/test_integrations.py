@@ -1,11 +1,9 @@
-"""The documentation pages: snippets for frameworks run and learn, api.md names everything, pictures are the script's.
+"""The pages of docs/integrations: snippets for frameworks run and learn, and calls recompile as the table says.
 
-Blocks of integrations.md that are marked with a framework run here, each in a process of its own; all others run in
-test_documentation.py.
+Blocks that are marked with a framework run here, each in a process of its own; all others run in test_documentation.py.
 """
 
 import importlib.util
-import inspect
 import os
 import re
 import subprocess
@@ -15,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import topk_fast
 from testing import ROOT
 from topk_fast import functional
 
-DOCS = ROOT / "docs"
+PAGES = ROOT / "docs" / "integrations"
 
 # torchvision's wheel for CUDA cannot load its kernels beside a CPU build of torch, and then fails at two of its own
 # registrations, for lack of these schemas. timm needs its transforms alone.
@@ -32,10 +29,18 @@ except RuntimeError:
     for name in ("nms", "qnms"):
         schemas.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
-# The marked blocks in their order: the framework, what runs before the block, and what must hold after it.
+# The sampled loss of cosines, as it says it is, with many samples: 0.02 are five standard deviations of the mean.
+SAMPLED_SOFTMAX = """
+accuracy = (classes == y[:, None]).float().mean()
+from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+theirs = NormalizedSoftmaxLoss(n_classes, 64, temperature=1 / s)
+theirs.W.data = head.weight.detach().t()
+softmax.n_sample = 5000
+noise = torch.randn(len(y), 64, generator=torch.Generator().manual_seed(0))  # features that no class fits
+torch.testing.assert_close(head(noise, y), theirs(noise, y), atol=0.02, rtol=0)
+"""
+# The marked blocks, page by page in alphabetical order: framework, what runs before the block, what must hold after it.
 SNIPPETS = [
-    ("lightning", "", "accuracy = trainer.callback_metrics['top-k accuracy']"),
-    ("lightning", "", "accuracy = trainer.callback_metrics['top-5 accuracy']"),
     ("transformers", "", "accuracy = measured['eval_top-5']"),
     (
         "transformers",
@@ -43,6 +48,11 @@ SNIPPETS = [
         "assert model.loss_type == 'ForCausalLM' and 0 <= measured['eval_loss'] < 0.1\n"
         "accuracy = (generated == tokens).float().mean()",
     ),
+    ("lightning", "", "accuracy = trainer.callback_metrics['top-k accuracy']"),
+    ("lightning", "", "accuracy = trainer.callback_metrics['top-5 accuracy']"),
+    ("pytorch_metric_learning", "", SAMPLED_SOFTMAX),
+    ("pytorch_metric_learning", "", "accuracy = (classes == y[:, None]).float().mean()"),
+    ("pytorch_metric_learning", "", "accuracy = (classes == y[:, None]).any(1).float().mean()"),
     ("timm", TORCHVISION, "accuracy = (model(x).topk(5).indices == y[:, None]).any(1).float().mean()"),
 ]
 APART = Path(sys.prefix) / "timm"  # timm with its torchvision, which would break other packages' imports
@@ -50,8 +60,8 @@ APART = Path(sys.prefix) / "timm"  # timm with its torchvision, which would brea
 
 @pytest.fixture(scope="module")
 def marked():
-    """The marked blocks of integrations.md: pairs of a framework and a text."""
-    text = (DOCS / "integrations.md").read_text()
+    """The marked blocks: pairs of a framework and a text."""
+    text = "".join(page.read_text() for page in sorted(PAGES.glob("*.md")))
     return re.findall(r"^```python (\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
@@ -107,25 +117,23 @@ def run_under_torchrun(folder, text):
 
 
 def python_blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 def test_the_recipe_of_sharding_under_torchrun(tmp_path):
     """Copied as it stands, it is one world of two ranks, each with half of the classes."""
-    printed = run_under_torchrun(tmp_path, "\n".join(python_blocks("sharding.md")))
+    printed = run_under_torchrun(tmp_path, "\n".join(python_blocks(PAGES.parent / "sharding.md")))
     (loss,) = re.findall(r"2 ranks, 25000 classes on each, loss (\d+\.\d+)", printed)
     assert float(loss) > 0
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 def test_the_blocks_of_data_parallel_training_under_torchrun(tmp_path):
-    """DDP and FSDP2: two ranks, whose replicas stay equal though their samples differ, and whose best classes are
-    right.
+    """DDP, FSDP2 and a column-parallel layer: two ranks, whose replicas stay equal though their samples differ, whose
+    best classes are right, and which share the classes.
     """
-    blocks = python_blocks("integrations.md")
-    setup = blocks[0]
-    ddp, fsdp = (next(b for b in blocks if name in b) for name in ("DistributedDataParallel(model)", "fully_shard("))
+    setup, ddp, fsdp, columns = python_blocks(PAGES / "distributed.md")
     check = """
 weight = next(model.parameters()).detach().clone()
 dist.broadcast(weight, 0)
@@ -139,14 +147,18 @@ assert torch.equal(classes, logits.topk(k).indices)
 print("FSDP2 is right", flush=True)
 """
     fsdp = fsdp.replace("dist.destroy_process_group()", after + "dist.destroy_process_group()")
-    printed = run_under_torchrun(tmp_path, "\n".join([setup, ddp, check, fsdp]))
+    columns += """
+assert last.weight.grad.to_local().shape == (50, 32)
+print("the column-parallel layer is right", flush=True)
+"""
+    printed = run_under_torchrun(tmp_path, "\n".join([setup, ddp, check, fsdp, columns]))
     assert sorted(re.findall(r"rank \d of 2 is right", printed)) == [f"rank {rank} of 2 is right" for rank in range(2)]
-    assert printed.count("FSDP2 is right") == 2
+    assert printed.count("FSDP2 is right") == printed.count("the column-parallel layer is right") == 2
 
 
 @pytest.mark.parametrize("kind", ["ours", "torch's"])
 def test_a_forked_child_with_one_thread(kind):
-    """integrations.md: a child that is forked after the parent's threads ran must set its own number first."""
+    """distributed.md: a child that is forked after the parent's threads ran must set its own number first."""
     script = f"""
 import os, torch
 from topk_fast.functional import bal_noised_topk_loss
@@ -168,7 +180,7 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
 
 
-# integrations.md's table: some values of one argument, and the graphs compiled after each call.
+# The table of torch.md: some values of one argument, and the graphs compiled after each call.
 ANEW = {
     "target": ([torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64), torch.arange(6)], [1, 1, 1]),
     "seed": ([torch.tensor(1), torch.tensor(2), torch.tensor(3)], [1, 1, 1]),
@@ -203,7 +215,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", ANEW)
 def test_what_recompiles(name):
-    """As the table of integrations.md says; for epsilon at least one more graph for each value."""
+    """As the table of torch.md says; for epsilon at least one more graph for each value."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
@@ -219,81 +231,3 @@ def test_what_recompiles(name):
         counts.append(counter.frame_count)
     torch._dynamo.reset()
     assert counts == expected or (expected is None and counts[0] < counts[1] < counts[2]), counts
-
-
-PUBLIC = {name: getattr(topk_fast, name) for name in topk_fast.__all__} | {
-    name: getattr(functional, name) for name in functional.__all__
-}
-
-
-@pytest.fixture(scope="module")
-def sections():
-    """api.md's text under each heading."""
-    parts = re.split(r"^## (.+)\n", (DOCS / "api.md").read_text().replace("\\_", "_"), flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2]))
-
-
-def test_the_reference_has_all_public_names_and_no_others(sections):
-    assert {*sections} - {"What all share"} == {*PUBLIC}
-
-
-@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if callable(value)])
-def test_signatures_of_the_reference(name, sections):
-    """Names, order, kinds and defaults of the parameters, and a word on each here or among what all share."""
-
-    def essence(function):
-        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
-
-    text = sections[name]
-    signature = re.search(rf"^```py\n{name}(\(.*?\))\n```$", text, re.DOTALL | re.MULTILINE).group(1)
-    written = {}
-    exec(f"def written{signature}: ...", written)
-    assert essence(written["written"]) == essence(PUBLIC[name])
-    common = sections["What all share"]
-    linear = sections["linear_noised_topk_loss"] if name.lower().startswith("linear") else ""
-    for parameter, *_ in essence(PUBLIC[name]):
-        explained = re.sub(r"^```py\n.*?^```", "", text + linear + common, flags=re.DOTALL | re.MULTILINE)
-        assert re.search(rf"\b{parameter}\b", explained), parameter
-
-
-@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if callable(value)])
-def test_the_reference_links_to_the_source(name, sections):
-    linked = re.search(r"\[Source\]\((.+?)\)", sections[name]).group(1)
-    assert (DOCS / linked).resolve() == Path(inspect.getsourcefile(PUBLIC[name])).resolve()
-
-
-def anchors(page):
-    """The anchors that a renderer gives to a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", h.replace("\\", "").lower()).replace(" ", "-") for h in headings}
-
-
-COMMUNITY = [ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CODE_OF_CONDUCT", "CONTRIBUTING", "SECURITY")]
-
-
-@pytest.mark.parametrize("page", [*COMMUNITY, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if link.startswith("http") or link.startswith("img/"):
-            continue
-        file, _, anchor = link.partition("#")
-        to = (page.parent / file).resolve() if file else page
-        assert to.exists(), link
-        assert not anchor or anchor in anchors(to), link
-
-
-def test_pictures_are_what_the_script_draws(tmp_path):
-    """The committed pictures but for the last digits of coordinates, each small and shown on a page."""
-    subprocess.run(
-        [sys.executable, DOCS / "pictures.py", tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
-    )
-    number = re.compile(r"-?\d+\.\d+")
-    drawn = sorted(tmp_path.glob("*.svg"))
-    assert drawn
-    for picture in drawn:
-        new, old = picture.read_text(), (DOCS / "img" / picture.name).read_text()
-        assert number.sub("", new) == number.sub("", old), picture.name
-        pairs = zip(number.findall(new), number.findall(old), strict=True)
-        assert all(abs(float(a) - float(b)) < 1e-3 for a, b in pairs), picture.name
-        assert len(old) < 150_000, picture.name
-        assert f"](img/{picture.name})" in (DOCS / "algorithm.md").read_text(), picture.name
