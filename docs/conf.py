@@ -9,13 +9,13 @@ from latex2mathml.converter import convert
 import topk_fast
 
 project = "topk_fast"
-author = "the authors of topk_fast"
 version = release = topk_fast.__version__
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 nitpicky = True  # a reference that leads nowhere is a warning, which fails the build
-nitpick_ignore_regex = [("py:.*", "torch.*"), ("py:.*", "collections.*")]  # their documentation is elsewhere
+nitpick_ignore_regex = [("py:.*", r"torch\..*"), ("py:.*", r"collections\..*")]  # their documentation is elsewhere
+nitpick_ignore = [("py:class", "topk_fast.nn.Loss")]  # the annotation of a criterion, which the text describes
 
 myst_heading_anchors = 3
 
@@ -28,6 +28,8 @@ toc_object_entries = False
 
 html_theme = "furo"
 html_title = f"topk_fast {version}"
+html_show_copyright = html_show_sphinx = False
+html_theme_options = {"top_of_page_buttons": []}  # there is no address of the sources to view or edit
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_additional_pages = {"index": "to_front_page.html"}

@@ -75,8 +75,19 @@ def _called_while_tracing(function):
 def available_backends(device: torch.device | str = "cpu") -> list[str]:
     """Names of the backends that can run on ``device`` here, the one that "auto" takes first.
 
-    >>> "torch" in available_backends("cpu")
-    True
+    On a CPU where the C++ kernels are built they are ``["cpp", "torch"]``. "cuda" is listed for the GPUs for which its
+    kernels were built.
+
+    Args:
+        device: a device or its name, such as ``"cuda:1"``.
+
+    Returns:
+        List of "cpp", "cuda", "triton" and "torch", or of some of them.
+
+    Example:
+        >>> from topk_fast import available_backends
+        >>> "torch" in available_backends("cpu")
+        True
     """
     device = torch.device(device)
     names = [name for name in _FASTEST_FIRST.get(device.type, ()) if _why_absent(name, device) is None]
@@ -86,14 +97,22 @@ def available_backends(device: torch.device | str = "cpu") -> list[str]:
 def build_info() -> dict:
     """Facts for a bug report: versions, and for each backend "available" or why it is not, with the remedy.
 
-    "cuda" is reported for the current GPU, where there is one. ``compiler`` and ``instruction_sets`` are those of
-    "cpp", ``cuda_architectures`` is the TORCH_CUDA_ARCH_LIST for which "cuda" was built; None or empty where it is
-    not there.
+    * ``torch``, ``triton``, ``contract``: the versions of torch, of Triton (None where it is not installed), and of the
+      noise contract.
+    * ``backends``: for each name "available", or why the backend is not available and what to do; "cuda" is reported
+      for the current GPU, where there is one.
+    * ``compiler``, ``instruction_sets``: those of the C++ kernels; None and an empty list without them.
+    * ``cuda_architectures``: the TORCH_CUDA_ARCH_LIST for which the CUDA kernels were built, or None.
 
-    >>> sorted(build_info())
-    ['backends', 'compiler', 'contract', 'cuda_architectures', 'instruction_sets', 'torch', 'triton']
-    >>> build_info()["backends"]["torch"]
-    'available'
+    Returns:
+        A dict with these keys.
+
+    Example:
+        >>> from topk_fast import build_info
+        >>> sorted(build_info())
+        ['backends', 'compiler', 'contract', 'cuda_architectures', 'instruction_sets', 'torch', 'triton']
+        >>> build_info()["backends"]["torch"]
+        'available'
     """
     cpp, cuda = _MODULES.get("cpp"), _MODULES.get("cuda")
     packages = packages_distributions().get("triton") if HAS_TRITON else None  # ROCm's has another name

@@ -16,7 +16,7 @@ def clip_grad_norm_(
 ) -> Tensor:
     r"""As :func:`torch.nn.utils.clip_grad_norm_`, for dense and row-sparse gradients together.
 
-    .. math:: g \leftarrow g \cdot \min\Big(1, \frac{max\_norm}{\lVert g \rVert_p + 10^{-6}}\Big)
+    .. math:: g \leftarrow g \cdot \min\Big(1, \frac{max\_norm}{\|g\|_p + 10^{-6}}\Big)
 
     where g are all gradients as one vector. Rows that a sparse gradient does not hold are zeros of this vector, so that
     ``sparse_grad=True`` and ``sparse_grad=False`` give the same norm and the same clipped gradients.
@@ -29,7 +29,7 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping, a tensor without dimensions. Where a process group shards the classes, it is that of
-        this rank's rows; docs/sharding.md shows how ranks clip by the norm over all of them.
+        this rank's rows; the page on sharding shows how ranks clip by the norm over all of them.
 
     Raises:
         ValueError: a norm_type that a sparse gradient does not have, or gradients of which only some are DTensors.

@@ -84,6 +84,10 @@ def noised_topk(
         tensor([3.])
         >>> noised_topk(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), k=[1, 3], epsilon=0.0)
         tensor([[4., 2.]])
+
+    References:
+        The estimator is that of Garcin, Servajean, Joly, Salmon, "Stochastic smoothing of the top-K calibrated hinge
+        loss for deep imbalanced classification", ICML 2022, https://proceedings.mlr.press/v162/garcin22a.html.
     """
     options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend)
     checks.check_scores(input)
@@ -147,6 +151,9 @@ def noised_excess(
         >>> noised_excess(logits, torch.tensor([0, 2]), k=[0, 1], epsilon=0.0)
         tensor([[ 0.0000, -0.5000],
                 [ 9.0000,  5.5000]])
+
+    References:
+        For normal noise Garcin et al., see :func:`noised_topk`; for Gumbel noise see :func:`sampled_cross_entropy`.
     """
     options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend, process_group)
     return losses.evaluate(input, target, LossRequest(k, options, None, ignore_index, exclude_target))
@@ -181,8 +188,8 @@ def noised_topk_loss(
     .. math:: \ell(s, y) = w_y \sum_m r_m \cdot scale \cdot link(m_y + e_{K_m}(s, y)), \qquad
               e_K(s, y) = top_{K+1}(s) - s_y
 
-    with :math:`top_{K+1}` the value of :func:`noised_topk` for rank K + 1. One search finds all ranks. For top-1 and
-    top-5 accuracy at once start from ``k=(1, 5), link="softplus", exclude_target=True, margin=0.0, epsilon=1.0``:
+    where :math:`top_{K+1}` is the value of :func:`noised_topk` for rank K + 1. One search finds all ranks. For top-1
+    and top-5 accuracy at once start from ``k=(1, 5), link="softplus", exclude_target=True, margin=0.0, epsilon=1.0``:
     every row keeps a gradient, also where the true class is safely among the first K.
 
     Args:
@@ -227,6 +234,10 @@ def noised_topk_loss(
         >>> logits = torch.tensor([[2.0, 1.5, -3.0], [7.5, 4.0, -1.5]])
         >>> noised_topk_loss(logits, torch.tensor([0, 2]), k=(0, 1), epsilon=0.0, reduction="none")
         tensor([ 1.5000, 16.5000])
+
+    References:
+        One K, normal noise and the hinge: Garcin et al., see :func:`bal_noised_topk_loss`. Gumbel noise and K = 0: see
+        :func:`sampled_cross_entropy`. Offsets: see :func:`class_offsets`.
     """
     criterion = Criterion(link, temperature, margin, scale, rank_weights, weight, reduction)
     options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend, process_group)
@@ -285,8 +296,9 @@ def sampled_cross_entropy(
         >>> bool((loss - exact).abs() < 4 * 1.2826 / 100_000**0.5)
         True
 
-    Source: E. J. Gumbel, "Statistical theory of extreme values and some practical applications", 1954; C. J. Maddison,
-    D. Tarlow, T. Minka, "A* sampling", NeurIPS 2014.
+    References:
+        E. J. Gumbel, "Statistical theory of extreme values and some practical applications", 1954; C. J. Maddison,
+        D. Tarlow, T. Minka, "A* sampling", NeurIPS 2014.
     """
     options = Options(1.0, n_sample, "gumbel", seed, generator, sampler, backend, process_group)
     criterion = Criterion("identity", margin=0.0, weight=weight, reduction=reduction)
@@ -313,11 +325,11 @@ def bal_noised_topk_loss(
     .. math:: \ell(s, y) = \max(0,\; 1 + top_{K+1}(s) - s_y)
 
     with :math:`top_{K+1}` the value of :func:`noised_topk` for rank K + 1 over all classes, the true one too. With
-    ``epsilon=0`` it is the top-K calibrated hinge of Yang & Koyejo (ICML 2020).
+    ``epsilon=0`` it is the top-K calibrated hinge of Yang & Koyejo. It is :func:`noised_topk_loss` of one K with its
+    default link, margin and scale.
 
     Args:
-        input, target, epsilon, n_sample, reduction, ignore_index, process_group: as in :func:`noised_topk_loss`, whose
-            defaults but for k this loss has.
+        input, target, epsilon, n_sample, reduction, ignore_index, process_group: as in :func:`noised_topk_loss`.
         k: the K of top-K accuracy, 0 to L - 1.
         generator, seed, sampler, backend: as in :func:`noised_topk`.
 
@@ -334,6 +346,11 @@ def bal_noised_topk_loss(
         >>> logits = torch.tensor([[2.0, 1.5, -3.0], [7.5, 4.0, -1.5]])
         >>> bal_noised_topk_loss(logits, torch.tensor([0, 2]), k=1, epsilon=0.0, reduction="none")
         tensor([0.5000, 6.5000])
+
+    References:
+        Garcin, Servajean, Joly, Salmon, "Stochastic smoothing of the top-K calibrated hinge loss for deep imbalanced
+        classification", ICML 2022, https://proceedings.mlr.press/v162/garcin22a.html.
+        The hinge without noise: F. Yang, S. Koyejo, "On the consistency of top-k surrogate losses", ICML 2020.
     """
     options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
     loss = LossRequest(k, options, Criterion(reduction=reduction), ignore_index, several=False)
@@ -362,12 +379,13 @@ def imbal_noised_topk_loss(
     .. math:: \ell(s, y) = \max(0,\; scale \, (m_y + top_{K+1}(s) - s_y))
 
     Args:
-        input, target, n_sample, reduction, ignore_index: as in :func:`noised_topk_loss`. The default ``scale``
-            assumes cosine logits, in [-1, 1], as :class:`topk_fast.NormedLinear` makes them.
+        input, target, n_sample, reduction, ignore_index: as in :func:`noised_topk_loss`.
         k: the K of top-K accuracy, 0 to L - 1.
         margins: margins m [L] on input's device, see :func:`class_margins`; constants. A number is the same for all.
-        epsilon: noise level, >= 0; for cosine logits some 0.01 to 0.1.
-        scale: factor of the hinge, > 0. Use 1 for logits that are not normalised.
+        epsilon: noise level, >= 0, in units of the logits; for cosine logits some 0.01 to 0.1. A tensor as in
+            :func:`noised_topk`.
+        scale: factor of the hinge, > 0. The default assumes cosine logits, in [-1, 1], as
+            :class:`topk_fast.NormedLinear` makes them; use 1 for logits that are not normalised.
         generator, seed, sampler, backend: as in :func:`noised_topk`.
         process_group: as in :func:`noised_topk_loss`.
 
@@ -385,6 +403,10 @@ def imbal_noised_topk_loss(
         >>> logits = torch.tensor([[0.5, 0.25, -0.5]])
         >>> imbal_noised_topk_loss(logits, torch.tensor([1]), 1, margins, epsilon=0.0, scale=10)
         tensor(3.)
+
+    References:
+        Garcin, Servajean, Joly, Salmon, "Stochastic smoothing of the top-K calibrated hinge loss for deep imbalanced
+        classification", ICML 2022, https://proceedings.mlr.press/v162/garcin22a.html.
     """
     options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
     criterion = Criterion(margin=margins, scale=scale, reduction=reduction)
@@ -392,7 +414,7 @@ def imbal_noised_topk_loss(
 
 
 def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
-    r"""Margins that grow as a class gets rarer: the LDAM rule (Cao et al., NeurIPS 2019) that the paper uses.
+    r"""Margins that grow as a class gets rarer: the rule of LDAM, which the imbalanced loss uses.
 
     .. math:: m_j = max\_m \cdot n_j^{-1/4} / \max_i n_i^{-1/4}
 
@@ -410,6 +432,9 @@ def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
         >>> from topk_fast.functional import class_margins
         >>> class_margins([16, 1, 81], max_m=0.3)
         tensor([0.1500, 0.3000, 0.1000])
+
+    References:
+        K. Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
     """
     max_m = checks.check_not_negative("max_m", max_m)
     device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
@@ -436,7 +461,8 @@ def class_offsets(cls_num_list: Sequence[int] | Tensor, tau: float = 1.0) -> Ten
         >>> class_offsets([3, 1])
         tensor([-0.2877, -1.3863])
 
-    Source: A. K. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+    References:
+        A. K. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
     """
     tau = checks.check_not_negative("tau", tau)
     device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
@@ -457,7 +483,9 @@ def noised_topk_candidates(
     sampler: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The k best noised scores of every row and sample, best first; no gradient.
+    r"""The k best noised scores of every row and sample, best first; no gradient.
+
+    .. math:: v_{n,b,1} \ge \dots \ge v_{n,b,k}, \quad \text{the largest of } s_n + \epsilon Z_{n,b}
 
     Losses over chunks or shards of classes merge these lists: search each slice with its ``first_class`` and the same
     seed, then keep the k best of all. A slice may have fewer than k classes.
@@ -484,6 +512,19 @@ def noised_topk_candidates(
         >>> values, classes = noised_topk_candidates(torch.tensor([[4.0, 1.0, 3.0]]), 2, epsilon=0.0, n_sample=1)
         >>> values, classes
         (tensor([[[4., 3.]]]), tensor([[[0, 2]]]))
+
+        Slices of classes, and their merged lists:
+
+        >>> scores, options = torch.randn(4, 1000), {"k": 3, "epsilon": 0.5, "seed": 1, "sampler": "dense"}
+        >>> whole = noised_topk_candidates(scores, **options)
+        >>> slices = [noised_topk_candidates(scores[:, i : i + 500], first_class=i, **options) for i in (0, 500)]
+        >>> values, classes = (torch.cat(lists, dim=2) for lists in zip(*slices))
+        >>> best = values.topk(3, dim=2)
+        >>> torch.equal(best.values, whole[0]), torch.equal(classes.gather(2, best.indices), whole[1])
+        (True, True)
+
+    References:
+        Garcin et al., see :func:`noised_topk`.
     """
     epsilon = epsilon.detach() if isinstance(epsilon, Tensor) else epsilon
     options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend)

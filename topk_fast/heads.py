@@ -23,9 +23,9 @@ class LinearHead(Module):
 
     .. math:: s = x W^T + b, \qquad \ell = criterion(s, y)
 
-    It owns ``weight`` [n_classes, in_features] and ``bias`` [n_classes] as :class:`torch.nn.Linear` does. The loss is
-    found without holding all logits, by one matmul in place of three, see
-    :func:`~topk_fast.functional.linear_noised_topk_loss`.
+    It owns ``weight`` [n_classes, in_features] and ``bias`` [n_classes] as :class:`torch.nn.Linear` does, and its
+    state_dict has them and the criterion's tensors, with the prefix ``criterion.``. The loss is found without holding
+    all logits, by one matmul in place of three, see :func:`~topk_fast.functional.linear_noised_topk_loss`.
 
     Args:
         in_features: D, the length of the features.
@@ -38,10 +38,13 @@ class LinearHead(Module):
             ``bias=False``, unless a bias of cosines is wanted.
         sparse_grad, chunk_size: as in :func:`~topk_fast.functional.linear_noised_topk_loss`.
         process_group: ranks over which the classes are sharded: each rank owns, in the order of ranks, the next
-            ceil(n_classes / ranks) classes. Keep the head out of DistributedDataParallel then. Its state_dict has
-            DTensors, which :mod:`torch.distributed.checkpoint` merges, and loads into any number of ranks;
-            ``load_state_dict`` takes these, or the full tensors of a head that is not sharded.
+            ceil(n_classes / ranks) classes, from ``first_class`` on. Keep the head out of DistributedDataParallel then.
+            Its state_dict has DTensors, which :mod:`torch.distributed.checkpoint` merges, and loads into any number of
+            ranks; ``load_state_dict`` takes these, or the full tensors of a head that is not sharded.
         device, dtype: as in :class:`torch.nn.Linear`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range, or a criterion that does not fit.
 
     Example:
         >>> import torch
@@ -131,6 +134,11 @@ class LinearHead(Module):
             in rows whose target is ``ignore_index`` and in rows with a NaN. It is the same on all ranks of a
             ``process_group``.
 
+        Raises:
+            TypeError, ValueError, IndexError, RuntimeError: as
+                :func:`~topk_fast.functional.linear_noised_topk_loss` does; and ``return_hits`` out of range, or with
+                an ``offset``.
+
         Example:
             >>> import torch
             >>> from topk_fast import BalNoisedTopK, LinearHead
@@ -151,7 +159,12 @@ class LinearHead(Module):
         return value if hits is None else (value, hits)
 
     def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` best logits and classes of every row, see :func:`~topk_fast.functional.linear_topk`."""
+        """The k best logits and classes of every row, see :func:`~topk_fast.functional.linear_topk`.
+
+        Args:
+            features: [N, D] or [..., D].
+            k: how many classes, 1 to L.
+        """
         return linear_topk(
             features,
             self.weight,
@@ -167,6 +180,9 @@ class LinearHead(Module):
         """Logits [..., L] as a plain layer computes them, to evaluate or export; without the criterion's offset.
 
         Where classes are sharded, the logits of this rank's classes as a part of a DTensor that is sharded along them.
+
+        Args:
+            features: [N, D] or [..., D].
         """
         if self.normalize:
             result = F.linear(unit_rows(features), unit_rows(self.weight), self.bias)
@@ -179,6 +195,9 @@ class LinearHead(Module):
         """Shards an optimizer's state of this head's rows in its state_dict, as the head's own shards the rows.
 
         Call it once for an optimizer that has parameters of a head with ``process_group``.
+
+        Args:
+            optimizer: any optimizer of :mod:`torch.optim`, after it was made.
         """
         checkpoints.register_optimizer(self, optimizer)
 

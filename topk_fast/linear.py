@@ -51,7 +51,8 @@ def linear_noised_topk_loss(
               \ell(x, y) = w_y \sum_m r_m \cdot scale \cdot link(m_y + top_{K_m + 1}(s) - s_y)
 
     Equal to :func:`~topk_fast.functional.noised_topk_loss` of ``F.linear(input, linear_weight, linear_bias)``, at a
-    third of the arithmetic of a linear cross-entropy: the backward has no second matmul.
+    third of the arithmetic of a linear cross-entropy: the backward has no second matmul. The names of the layer's
+    arguments are those of ``torch.nn.functional.linear_cross_entropy``.
 
     Args:
         input: features [N, D] or [..., D]; float32, float64, bfloat16 or float16. Matmuls accumulate in float32 at
@@ -76,8 +77,9 @@ def linear_noised_topk_loss(
             are the same on all ranks, to the last bit. Every rank returns the loss over all classes and has the full
             gradient of the input. A weight that is a DTensor with ``Shard(0)`` needs no process_group. A weight that
             FSDP2 sharded is such a DTensor outside of the module's forward: call its module, or ``unshard()`` it first.
-        noise, link, temperature, margin, scale, rank_weights, exclude_target, weight, reduction, ignore_index,
-            generator, seed, sampler, backend: as in :func:`~topk_fast.functional.noised_topk_loss`.
+        noise, link, temperature, margin, scale, rank_weights: as in :func:`~topk_fast.functional.noised_topk_loss`.
+        exclude_target, weight, reduction, ignore_index: as in :func:`~topk_fast.functional.noised_topk_loss`.
+        generator, seed, sampler, backend: as in :func:`~topk_fast.functional.noised_topk`.
 
     Returns:
         A tensor without dimensions, or with target's shape for ``reduction="none"``; float64 for float64 input,
@@ -97,6 +99,9 @@ def linear_noised_topk_loss(
         >>> linear_noised_topk_loss(features, weight, target, k=5, sparse_grad=True).backward()
         >>> weight.grad.is_sparse, weight.grad.coalesce().indices().numel() <= 8 * (5 + 1)
         (True, True)
+
+    References:
+        See :func:`~topk_fast.functional.noised_topk_loss`.
     """
     criterion = Criterion(link, temperature, margin, scale, rank_weights, weight, reduction)
     options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend, process_group)
@@ -135,10 +140,11 @@ def linear_sampled_cross_entropy(
     the weight. The value of one call is noisy: to evaluate a model, use :func:`torch.nn.functional.cross_entropy`.
 
     Args:
-        input, linear_weight, target, linear_bias, normalize, chunk_size, sparse_grad, offset, process_group: as in
-            :func:`linear_noised_topk_loss`. Cosine logits, in [-1, 1], make a softmax that is nearly uniform: for
-            those take ``linear_noised_topk_loss(..., k=0, noise="gumbel", link="identity", margin=0,
-            epsilon=1 / s, scale=s)``, the sampled cross-entropy of logits s times as large.
+        input, linear_weight, target, linear_bias, chunk_size, sparse_grad, offset, process_group: as in
+            :func:`linear_noised_topk_loss`.
+        normalize: cosine logits, which are in [-1, 1], so that their softmax is nearly uniform: for those take
+            ``linear_noised_topk_loss(..., k=0, noise="gumbel", link="identity", margin=0, epsilon=1 / s, scale=s)``,
+            the sampled cross-entropy of logits s times as large.
         n_sample, weight, reduction, ignore_index, generator, seed, sampler, backend: as in
             :func:`~topk_fast.functional.sampled_cross_entropy`.
 
@@ -158,6 +164,9 @@ def linear_sampled_cross_entropy(
         >>> linear_sampled_cross_entropy(features, weight, target, sparse_grad=True).backward()
         >>> weight.grad.coalesce().indices().numel() <= 8 * (16 + 1)
         True
+
+    References:
+        See :func:`~topk_fast.functional.sampled_cross_entropy`.
     """
     options = Options(1.0, n_sample, "gumbel", seed, generator, sampler, backend, process_group)
     loss = LossRequest(
@@ -213,6 +222,9 @@ def linear_noised_excess(
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
         >>> linear_noised_excess(torch.tensor([[1.0, 2.0]]), weight, torch.tensor([0]), k=[0, 1], epsilon=0.0)
         tensor([[2., 1.]])
+
+    References:
+        See :func:`~topk_fast.functional.noised_excess`.
     """
     options = Options(epsilon, n_sample, noise, seed, generator, sampler, backend, process_group)
     loss = LossRequest(k, options, None, ignore_index, exclude_target)
@@ -233,6 +245,10 @@ def linear_topk(
     process_group=None,
 ) -> tuple[Tensor, Tensor]:
     r"""The k classes with the largest logits of a linear layer, without its logits: ``F.linear(...).topk(k)``.
+
+    .. math:: s_{c_1} \ge \dots \ge s_{c_k}, \quad \text{the largest of } s = x W^T + b
+
+    It is for evaluation: there is neither noise nor a gradient.
 
     Args:
         input, linear_weight, linear_bias, normalize, chunk_size, process_group: as in :func:`linear_noised_topk_loss`.

@@ -63,9 +63,18 @@ class _Noised(Module):
 
 
 class NoisedTopK(_Noised):
-    """Module of :func:`~topk_fast.functional.noised_topk`: smoothed k-th largest value along ``dim``.
+    r"""Module of :func:`~topk_fast.functional.noised_topk`: smoothed k-th largest value along ``dim``.
 
-    Fresh noise in every call, in eval mode too; ``seed`` in ``forward`` fixes it.
+    .. math:: top_k = \frac1B \sum_{b=1}^{B} (s + \epsilon Z_b)_{[k]}
+
+    Fresh noise in every call, in eval mode too; a ``seed`` given here fixes it for all calls. The state_dict is empty.
+
+    Args:
+        k, epsilon, n_sample, dim, noise, generator, seed, sampler, backend: as in
+            :func:`~topk_fast.functional.noised_topk`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range.
 
     Example:
         >>> import torch
@@ -153,11 +162,23 @@ class Loss(_Noised):
 
 
 class NoisedTopKLoss(Loss):
-    """Module of :func:`~topk_fast.functional.noised_topk_loss`: any K or several, and any link.
+    r"""Module of :func:`~topk_fast.functional.noised_topk_loss`: any K or several, and any link.
+
+    .. math:: \ell(s, y) = w_y \sum_m r_m \cdot scale \cdot link(m_y + top_{K_m + 1}(s) - s_y)
 
     Fresh noise in every call, in eval mode too; a ``seed`` given here fixes it for all calls. Use a ``generator`` for
     reproducible training. ``margin`` (if it is a tensor), ``offset`` and ``weight`` are buffers of the state_dict,
     which keep their dtype in a model that is cast. ``epsilon`` may be a :class:`torch.nn.Parameter`, which is learned.
+
+    Args:
+        k, epsilon, n_sample, noise: as in :func:`~topk_fast.functional.noised_topk_loss`.
+        link, temperature, margin, scale, rank_weights: as in :func:`~topk_fast.functional.noised_topk_loss`.
+        exclude_target, offset, weight, reduction, ignore_index: as in :func:`~topk_fast.functional.noised_topk_loss`.
+        generator, seed, sampler, backend: as in :func:`~topk_fast.functional.noised_topk`.
+        process_group: as in :func:`~topk_fast.functional.noised_topk_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range.
 
     Example:
         >>> import torch
@@ -196,10 +217,19 @@ class NoisedTopKLoss(Loss):
 
 
 class SampledCrossEntropy(Loss):
-    """Module of :func:`~topk_fast.functional.sampled_cross_entropy`: cross-entropy for training, its gradient sparse.
+    r"""Module of :func:`~topk_fast.functional.sampled_cross_entropy`: cross-entropy for training, its gradient sparse.
+
+    .. math:: \ell(s, y) = \frac1B \sum_{b=1}^{B} \max_j (s_j + G_{bj}) - s_y
 
     Fresh noise in every call, in eval mode too: evaluate with :class:`torch.nn.CrossEntropyLoss`. ``offset`` and
     ``weight`` are buffers, as in :class:`NoisedTopKLoss`.
+
+    Args:
+        n_sample, offset, weight, reduction, ignore_index, generator, seed, sampler, backend, process_group: as in
+            :func:`~topk_fast.functional.sampled_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range.
 
     Example:
         >>> import torch
@@ -228,9 +258,18 @@ class SampledCrossEntropy(Loss):
 
 
 class BalNoisedTopK(Loss):
-    """Module of :func:`~topk_fast.functional.bal_noised_topk_loss`, for data without a long tail.
+    r"""Module of :func:`~topk_fast.functional.bal_noised_topk_loss`, for data without a long tail.
 
-    Fresh noise in every call, as in :class:`NoisedTopKLoss`.
+    .. math:: \ell(s, y) = \max(0,\; 1 + top_{K+1}(s) - s_y)
+
+    Fresh noise in every call, as in :class:`NoisedTopKLoss`. The state_dict is empty.
+
+    Args:
+        k, epsilon, n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group: as in
+            :func:`~topk_fast.functional.bal_noised_topk_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range.
 
     Example:
         >>> import torch
@@ -259,12 +298,22 @@ class BalNoisedTopK(Loss):
 
 
 class ImbalNoisedTopK(Loss):
-    """Module of :func:`~topk_fast.functional.imbal_noised_topk_loss`, for long-tailed data.
+    r"""Module of :func:`~topk_fast.functional.imbal_noised_topk_loss`, for long-tailed data.
 
-    ``max_m`` and ``cls_num_list`` make the margins, see :func:`~topk_fast.functional.class_margins`; they are the
-    buffer ``m_list`` of the state_dict, as in pytopk, float32 also in a model that was cast. ``reset_parameters``
-    makes them again, as after ``to_empty``. The default ``scale`` assumes cosine logits: end the model in
-    :class:`NormedLinear`, or set ``scale=1``.
+    .. math:: \ell(s, y) = \max(0,\; scale \, (m_y + top_{K+1}(s) - s_y))
+
+    The margins m are the buffer ``m_list`` [L] of the state_dict, as in pytopk, float32 also in a model that was cast.
+
+    Args:
+        k, epsilon: as in :func:`~topk_fast.functional.imbal_noised_topk_loss`.
+        max_m, cls_num_list: the largest margin, and L counts, as in :func:`~topk_fast.functional.class_margins`.
+        scale: factor of the hinge, > 0. The default assumes cosine logits: end the model in :class:`NormedLinear`, or
+            set ``scale=1``.
+        n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group: as in
+            :func:`~topk_fast.functional.imbal_noised_topk_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range.
 
     Example:
         >>> import torch
@@ -313,15 +362,18 @@ class ImbalNoisedTopK(Loss):
 
 
 class NormedLinear(Module):
-    r"""Cosine logits: :math:`x^T w_j / (\|x\| \|w_j\|)` in [-1, 1], which the imbalanced loss assumes.
+    r"""Cosine logits, which the imbalanced loss assumes, from [..., in_features] to [..., out_features].
 
-    Lengths are float32 at least. A length below 1e-8 (float16: 6.1e-5) counts as that, as in
+    .. math:: s_j = \frac{x^T w_j}{\|x\| \|w_j\|} \in [-1, 1]
+
+    Lengths are computed in float32 at least. A length below 1e-8 (float16: 6.1e-5) counts as that, as in
     :func:`torch.nn.functional.cosine_similarity`: a row of zeros has logits of 0 and a gradient that is large, but
-    finite. Rows of the weight start at length 1, in directions uniform on the sphere. What a gradient step turns a
-    row by falls with its length, so that long rows would learn slowly.
+    finite. Rows of the weight start at length 1, in directions uniform on the sphere: the angle by which a gradient
+    step turns a row falls with its length, so that long rows would learn slowly.
 
     Args:
-        in_features, out_features: as :class:`torch.nn.Linear`; the weight is [out_features, in_features], no bias.
+        in_features, out_features, device, dtype: as in :class:`torch.nn.Linear`. The weight is
+            [out_features, in_features], and there is no bias.
 
     Example:
         >>> import torch
