@@ -1,7 +1,7 @@
 # The set-up of everything: each target makes .venv, installs the pinned requirements and builds the C++ kernels in
 # place. Where python3 has torch >= 2.11 already (a GPU machine without network) it is used as it is. With TORCH=2.11.0,
 # or TORCH=newest, a target has an environment of its own with that torch and the newest of all else.
-.PHONY: help build test demo study bench bench-full tables lint format gpu cuda-host wheel test-wheel release-notes clean
+.PHONY: help build test docs demo study bench bench-full tables lint format gpu cuda-host wheel test-wheel release-notes clean
 
 HAS_TORCH := $(shell python3 -c "from importlib.metadata import version as v; \
 	print(tuple(map(int, v('torch').split('+')[0].split('.')[:2])) >= (2, 11))" 2>/dev/null)
@@ -20,7 +20,7 @@ export PYTHONPATH := $(CURDIR)
 SHELL := /bin/bash
 
 help:
-	@echo "make test | demo | study | bench | bench-full | tables | gpu | cuda-host | lint | format | build | wheel | test-wheel | clean"
+	@echo "make test | docs | demo | study | bench | bench-full | tables | gpu | cuda-host | lint | format | build | wheel | test-wheel | clean"
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -46,6 +46,10 @@ build: $(ENVIRONMENT)
 # With pytest-xdist a worker for each core takes whole files, whose fixtures are then made once.
 test: build
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$($(PYTHON) -c "import xdist; print('-n auto --dist loadfile')" 2>/dev/null)
+
+# The site of the pages and the docstrings. A warning fails, as of a link that leads nowhere.
+docs: $(ENVIRONMENT)
+	$(PYTHON) -m sphinx --quiet --fresh-env --fail-on-warning -c docs -d build/doctrees . build/site
 
 demo: build
 	$(PYTHON) -m examples.demo $(ARGS)

@@ -27,6 +27,7 @@ add_module_names = False
 toc_object_entries = False
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"topk_fast {version}"
 html_show_copyright = html_show_sphinx = False
 html_theme_options = {"top_of_page_buttons": []}  # there is no address of the sources to view or edit

@@ -62,8 +62,8 @@ def noised_topk(
         noise: "normal", a standard normal law, or "gumbel", a Gumbel law less its mean. With the latter and rank 1 the
             expected value is ``logsumexp(input / epsilon) * epsilon`` and the expected gradient
             ``softmax(input / epsilon)``.
-        seed: fixes the noise: an int, -2**63 to 2**64 - 1 (negative ones by two's complement), or an int64 tensor
-            without dimensions on input's device. None draws it from ``generator``.
+        seed: fixes the noise: an int, ``-2**63`` to ``2**64 - 1`` (negative ones by two's complement), or an int64
+            tensor without dimensions on input's device. None draws it from ``generator``.
         generator: source of the seed, on input's device; None is torch's default one.
         sampler: "thinned" draws noise only for entries that can matter, "dense" for all of them; both are exact and
             differ in their noise. "auto" is "thinned".
@@ -297,8 +297,8 @@ def sampled_cross_entropy(
         True
 
     References:
-        E. J. Gumbel, "Statistical theory of extreme values and some practical applications", 1954; C. J. Maddison,
-        D. Tarlow, T. Minka, "A* sampling", NeurIPS 2014.
+        Gumbel, "Statistical theory of extreme values and some practical applications", 1954; Maddison, Tarlow, Minka,
+        "A* sampling", NeurIPS 2014.
     """
     options = Options(1.0, n_sample, "gumbel", seed, generator, sampler, backend, process_group)
     criterion = Criterion("identity", margin=0.0, weight=weight, reduction=reduction)
@@ -350,7 +350,7 @@ def bal_noised_topk_loss(
     References:
         Garcin, Servajean, Joly, Salmon, "Stochastic smoothing of the top-K calibrated hinge loss for deep imbalanced
         classification", ICML 2022, https://proceedings.mlr.press/v162/garcin22a.html.
-        The hinge without noise: F. Yang, S. Koyejo, "On the consistency of top-k surrogate losses", ICML 2020.
+        The hinge without noise: Yang, Koyejo, "On the consistency of top-k surrogate losses", ICML 2020.
     """
     options = Options(epsilon, n_sample, "normal", seed, generator, sampler, backend, process_group)
     loss = LossRequest(k, options, Criterion(reduction=reduction), ignore_index, several=False)
@@ -434,7 +434,7 @@ def class_margins(cls_num_list: Sequence[int] | Tensor, max_m: float) -> Tensor:
         tensor([0.1500, 0.3000, 0.1000])
 
     References:
-        K. Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
+        Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
     """
     max_m = checks.check_not_negative("max_m", max_m)
     device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
@@ -462,7 +462,7 @@ def class_offsets(cls_num_list: Sequence[int] | Tensor, tau: float = 1.0) -> Ten
         tensor([-0.2877, -1.3863])
 
     References:
-        A. K. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+        Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
     """
     tau = checks.check_not_negative("tau", tau)
     device = cls_num_list.device if isinstance(cls_num_list, Tensor) else None
