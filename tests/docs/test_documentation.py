@@ -61,9 +61,3 @@ def test_plots_are_made_from_the_committed_results(tmp_path):
             for t in (committed, (tmp_path / f"{name}.svg").read_text())
         )
         assert len(set(map(frozenset, labels))) == 1, name
-
-
-def test_public_functions_name_raises_and_example():
-    for name in functional.__all__:
-        text = getattr(functional, name).__doc__
-        assert all(part in text for part in ("Args:", "Returns:", "Raises:", "Example:")), name

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("sphinx", "furo", "myst_parser", "latex2mathml"))),
     reason="the tools of the dependency group docs are not installed; make test installs them into .venv",
 )
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt install chromium")
 SHOTS = ROOT / "build" / "shots"
 
