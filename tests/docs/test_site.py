@@ -105,7 +105,8 @@ def test_the_front_page_leads_to_the_api_and_to_search(address):
 CHECK = """
 <iframe id="frame" width="400" height="900"></iframe><pre id="found"></pre>
 <script>
-const scrolls = part => part.tagName != "ARTICLE" && (getComputedStyle(part).overflowX == "auto" || scrolls(part.parentElement))
+const canScroll = part => getComputedStyle(part).overflowX == "auto"
+const scrolls = part => part.tagName != "ARTICLE" && (canScroll(part) || scrolls(part.parentElement))
 const tooWide = part => part.getBoundingClientRect().right > 400 && !scrolls(part.parentElement);
 (async () => {
   for (const page of PAGES) {
