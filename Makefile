@@ -47,7 +47,7 @@ build: $(ENVIRONMENT)
 test: build
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$($(PYTHON) -c "import xdist; print('-n auto --dist loadfile')" 2>/dev/null)
 
-# The site of the pages and the docstrings. A warning fails, as of a link that leads nowhere.
+# The site of the pages and the docstrings. A warning fails the build, and a link that leads nowhere is one.
 docs: $(ENVIRONMENT)
 	$(PYTHON) -m sphinx --quiet --fresh-env --fail-on-warning -c docs -d build/doctrees . build/site
 

@@ -24,8 +24,9 @@ CALLABLE = [name for name, value in PUBLIC.items() if callable(value)]
 
 
 def test_the_api_pages_have_all_public_names_and_no_others():
-    pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
-    shown = re.findall(r"^## (\S+)\n\n```\{eval-rst\}\n\.\. auto\w+:: (\S+)$", pages.replace("\\_", "_"), re.MULTILINE)
+    pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md")).replace("\\_", "_")
+    entry = r"^## (\S+)\n\n```\{eval-rst\}\n\.\. (?:auto\w+|py:data):: (\S+)$"
+    shown = re.findall(entry, pages, re.MULTILINE)
     modules = {name: "topk_fast.functional" if name in functional.__all__ else "topk_fast" for name in PUBLIC}
     assert dict(shown) == {name: f"{module}.{name}" for name, module in modules.items()} and len(shown) == len(PUBLIC)
     index = (DOCS / "api" / "index.md").read_text()
