@@ -146,12 +146,12 @@ logits = (trunk.unshard(), head.unshard(), nn.functional.linear(trunk(x[rows]), 
 assert torch.equal(classes, logits.topk(k).indices)
 print("FSDP2 is right", flush=True)
 """
-    fsdp = fsdp.replace("dist.destroy_process_group()", after + "dist.destroy_process_group()")
-    columns += """
+    last = """
 assert last.weight.grad.to_local().shape == (50, 32)
 print("the column-parallel layer is right", flush=True)
 """
-    printed = run_under_torchrun(tmp_path, "\n".join([setup, ddp, check, fsdp, columns]))
+    columns = columns.replace("dist.destroy_process_group()", last + "dist.destroy_process_group()")
+    printed = run_under_torchrun(tmp_path, "\n".join([setup, ddp, check, fsdp, after, columns]))
     assert sorted(re.findall(r"rank \d of 2 is right", printed)) == [f"rank {rank} of 2 is right" for rank in range(2)]
     assert printed.count("FSDP2 is right") == printed.count("the column-parallel layer is right") == 2
 
