@@ -1,7 +1,7 @@
 # The set-up of everything: each target makes .venv, installs the pinned requirements and builds the C++ kernels in
 # place. Where python3 has torch >= 2.11 already (a GPU machine without network) it is used as it is. With TORCH=2.11.0,
 # or TORCH=newest, a target has an environment of its own with that torch and the newest of all else.
-.PHONY: help build test docs demo study bench bench-full tables lint format gpu cuda-host wheel test-wheel release-notes clean
+.PHONY: help build test test-fast docs demo study bench bench-full tables lint format gpu cuda-host wheel test-wheel release-notes clean
 
 HAS_TORCH := $(shell python3 -c "from importlib.metadata import version as v; \
 	print(tuple(map(int, v('torch').split('+')[0].split('.')[:2])) >= (2, 11))" 2>/dev/null)
@@ -20,7 +20,7 @@ export PYTHONPATH := $(CURDIR)
 SHELL := /bin/bash
 
 help:
-	@echo "make test | docs | demo | study | bench | bench-full | tables | gpu | cuda-host | lint | format | build | wheel | test-wheel | clean"
+	@echo "make test | test-fast | docs | demo | study | bench | bench-full | tables | gpu | cuda-host | lint | format | build | wheel | test-wheel | clean"
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
@@ -44,8 +44,13 @@ build: $(ENVIRONMENT)
 	@$(PYTHON) setup.py --quiet build_ext --inplace $(if $(V),,> build/log || { cat build/log; exit 1; })
 
 # With pytest-xdist a worker for each core takes whole files, whose fixtures are then made once.
+PARALLEL = $$($(PYTHON) -c "import xdist; print('-n auto --dist loadfile')" 2>/dev/null)
 test: build
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $$($(PYTHON) -c "import xdist; print('-n auto --dist loadfile')" 2>/dev/null)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL)
+
+# The public API and the noise contract, on the backends of the CPU: what a change breaks first.
+test-fast: build
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) -m "not slow" tests/api tests/contract tests/kernels/test_backends.py
 
 # The site of the pages and the docstrings. A warning fails the build, and a link that leads nowhere is one.
 docs: $(ENVIRONMENT)

@@ -90,6 +90,7 @@ def python(code, folder):
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BINARIES)
 def test_a_binary_that_does_not_load(what, package):
     write, reason = BINARIES[what]
@@ -121,6 +122,7 @@ def test_a_binary_that_does_not_load(what, package):
     assert err.count("UserWarning") == 1 and found["info"]["backends"]["cpp"] in err  # once, although "auto" ran twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken, other", [("cpp", "cuda"), ("cuda", "cpp")])
 def test_one_that_does_not_load_leaves_the_other(broken, other, package):
     garbage(package / "topk_fast" / f"{MODULES[broken]}{sysconfig.get_config_var('EXT_SUFFIX')}")

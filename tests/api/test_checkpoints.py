@@ -103,6 +103,7 @@ def on_ranks(tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_three(on_ranks, tmp_path, sparse):
     folder = tmp_path / "checkpoint"

@@ -296,6 +296,7 @@ def test_an_exported_graph_trains(form, backend, strict):
             graph(x, y.clone().fill_(L))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler on CPU")
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_inductor(backend, tmp_path, monkeypatch):

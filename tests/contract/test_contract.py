@@ -140,6 +140,7 @@ def test_plan(form):
         ("gumbel_level", 2.0**-100, 300.0),
     ],
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [TORCH, *TRITON])
 def test_a_million_floats_as_in_cpp(form, name, low, high):
     bits = np.random.default_rng(0).integers(
@@ -150,6 +151,7 @@ def test_a_million_floats_as_in_cpp(form, name, low, high):
 
 @pytest.mark.skipif(not HAS_CPP, reason="the C++ kernels are not built")
 @pytest.mark.parametrize("name", ["normal", "gumbel", "gap"])
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [TORCH, *TRITON])
 def test_a_million_words_as_in_cpp(form, name):
     words = np.random.default_rng(1).integers(0, 1 << 32, size=1_000_000, dtype=np.uint32)
