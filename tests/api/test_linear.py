@@ -601,6 +601,7 @@ def test_autocast(dtype, kind):
         )
 
 
+@pytest.mark.slow
 @every_backend
 @pytest.mark.parametrize("normalize", [False, True])
 def test_opcheck(normalize, backend):
@@ -729,6 +730,7 @@ def head_and_batch(backend="auto", chunk=None, normalize=False, sparse=False, cr
     return head, x.requires_grad_(), target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 1, 64])
 @pytest.mark.parametrize("normalize", [False, True])
 @every_backend

@@ -234,6 +234,7 @@ def test_gradcheck(exclude_target, name):
     assert gradgradcheck(run, x, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_link
 @pytest.mark.parametrize("chunk", [None, 9])
 def test_gradcheck_of_the_linear_form(chunk, name):

@@ -83,6 +83,7 @@ def assert_same(given, expected):
 # Ops, fake kernels and torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @every_backend
 def test_opcheck(backend, dtype):
