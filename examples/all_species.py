@@ -36,7 +36,7 @@ from topk_fast import BalNoisedTopK, LinearHead, SampledCrossEntropy
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN, BATCH, K, N_SAMPLE = 256, 256, 5, 16
-LOGIT_ROWS = 64  # test rows whose logits are saved on request
+LOGIT_ROWS = 64  # test rows, drawn at random, whose logits are saved on request
 TEST_SHARE = 4  # every fourth row of a species is a test row; a species with fewer has none
 # The learning rates of the hidden layer and of the classifier were chosen by hand on validation rows (--validation), as
 # epsilon was, for the best top-5: from 16 settings of the top-K loss and 11 of cross-entropy. The sampled cross-entropy
@@ -170,7 +170,8 @@ def compare(args: argparse.Namespace, group=None) -> dict:
         if talks:
             print(f"{name}: {len(took['losses'])} steps of {took['ms a step']:.0f} ms", flush=True)
         if args.save_logits and name == "cross-entropy":
-            save_logits(args.save_logits, hidden, head, data, test_rows[:LOGIT_ROWS])
+            drawn = torch.randperm(len(test_rows), generator=torch.Generator().manual_seed(0))[:LOGIT_ROWS]
+            save_logits(args.save_logits, hidden, head, data, test_rows[drawn])
         del hidden, head
     return result
 

@@ -24,7 +24,7 @@ from examples import all_species
 from examples.data_sets import kanji, species
 from examples.data_sets.dataset import Dataset
 from examples.data_sets.debian import PackageUnavailable
-from examples.evaluation import curve, measure, ranks_of
+from examples.evaluation import curve, ranks_of, summarize
 from examples.losses import CROSS_ENTROPY, LOSSES, SOFTPLUS, chosen_settings
 from examples.machine import environment
 from examples.plot import draw
@@ -69,7 +69,8 @@ def compare(task: Task, data: Dataset, args: argparse.Namespace) -> dict:
         criterion = loss.make(settings, task.count().tolist())
         fit_best_epoch(model, criterion, task, settings, args.epochs, BATCH, "top-5")
         losses[name] = {"settings": settings, "seconds": round(time.perf_counter() - start, 1)}
-        losses[name] |= measure(model, task, "test") | {"curve": curve(ranks_of(model, task, "test"))}
+        rank = ranks_of(model, task, "test")
+        losses[name] |= summarize(rank, task, "test") | {"curve": curve(rank)}
         guesses[name] = {asked: five_guesses(model, task, row) for asked, row in shown.items()}
         tqdm.write(f"{name}: {args.epochs} epochs in {losses[name]['seconds']:.0f} s")
     return {"losses": losses, "guesses": guesses}

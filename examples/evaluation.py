@@ -31,11 +31,16 @@ def ranks_of(model: nn.Module, task: Task, part: str) -> Tensor:
 
 
 def measure(model: nn.Module, task: Task, part: str) -> dict[str, float | None]:
+    """`summarize` of the ranks of the true classes of a part's rows."""
+    return summarize(ranks_of(model, task, part), task, part)
+
+
+def summarize(rank: Tensor, task: Task, part: str) -> dict[str, float | None]:
     """Top-k over the rows and over the classes (macro), and top-5 for classes with few, medium and many training rows.
 
     A share that no row counts for is None.
     """
-    rank, target = ranks_of(model, task, part), task.parts[part][1]
+    target = task.parts[part][1]
     shots, seen = task.count()[target], target.bincount(minlength=task.classes)
     share = {f"top-{k}": (rank < k).double() for k in TOPS}
     result = {name: hit.mean() for name, hit in share.items()}

@@ -20,6 +20,8 @@ K, N_SAMPLE = 5, 5  # of the noised top-K losses, unless an ablation varies them
 # Of AdamW: learning rate and weight decay are drawn log-uniformly, eps takes each of its values as often.
 OPTIMIZER: Bounds = {"lr": (5e-4, 3e-2), "weight_decay": (1e-3, 1.0)}
 EPS = (1e-8, 1e-6, 1e-4)
+SGD: Bounds = {"lr": (1e-2, 1e1), "weight_decay": (1e-6, 1e-3)}  # with Nesterov's momentum, which the study compares
+MOMENTUM = 0.9
 EPSILON: Bounds = {"epsilon": (0.1, 3.0)}
 SCALE: Bounds = {"scale": (8.0, 64.0)}  # of cosines
 

@@ -62,14 +62,15 @@ def fit_best_epoch(
     """Trains `model` and leaves it as it was after the epoch that was best on the validation rows.
 
     Args:
-        settings: lr, weight_decay and eps of AdamW.
+        settings: lr, weight_decay and eps of AdamW; with momentum in place of eps, of SGD.
         keep_by: The measure of the validation rows that chooses the epoch, a name of `measure`'s.
 
     Returns:
         The measures of the validation rows in that epoch, and its number, from 1.
     """
-    chosen = {name: settings[name] for name in ("lr", "weight_decay", "eps")}
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **chosen)
+    chosen = {name: settings[name] for name in ("lr", "weight_decay", "eps", "momentum") if name in settings}
+    is_sgd = "momentum" in chosen
+    optimizer = (torch.optim.SGD if is_sgd else torch.optim.AdamW)(model.parameters(), fused=True, **chosen)
     rows, target = task.parts["train"]
 
     def loss_of(batch: Tensor) -> Tensor:

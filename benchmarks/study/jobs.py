@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.study.losses import BALANCED_DATA, IMBALANCED, LOSSES
-from examples.losses import BALANCED, EPS, OPTIMIZER
+from examples.losses import BALANCED, EPS, MOMENTUM, OPTIMIZER, SGD
 from examples.machine import environment
 from examples.tasks import load
 from examples.trials import draw_points
@@ -55,15 +55,17 @@ ABLATIONS: dict[str, dict[str, Sequence]] = {
 }
 
 
-def settings_of(loss: str, data: str) -> list[dict]:
+def settings_of(loss: str, data: str, sgd: bool = False) -> list[dict]:
     """The settings that a loss tries on a data set.
 
     Learning rate and weight decay come from one Sobol sequence, which is the same for all losses, the loss's own
-    settings from another, and eps takes each of its values in turn.
+    settings from another, and eps of AdamW takes each of its values in turn.
     """
     trials = PLANS[data].trials
-    common, own = draw_points(OPTIMIZER, trials, TRIAL_SEED), draw_points(LOSSES[loss].space, trials, TRIAL_SEED + 1)
-    return [a | {"eps": EPS[i % len(EPS)]} | b for i, (a, b) in enumerate(zip(common, own))]
+    common = draw_points(SGD if sgd else OPTIMIZER, trials, TRIAL_SEED)
+    own = draw_points(LOSSES[loss].space, trials, TRIAL_SEED + 1)
+    third = [{"momentum": MOMENTUM} if sgd else {"eps": EPS[i % len(EPS)]} for i in range(trials)]
+    return [a | b | c for a, b, c in zip(common, third, own)]
 
 
 def job_of(stage: str, data: str, loss: str, settings: dict, seed: int) -> dict:
@@ -95,9 +97,15 @@ def jobs(data: str, done: list[dict]) -> list[dict]:
 
 
 def ablation_jobs(done: list[dict]) -> list[dict]:
-    """The jobs that vary one setting, of the losses whose other settings are chosen."""
+    """The jobs that vary one setting, of the losses whose other settings are chosen; and trials with SGD."""
     chosen = chosen_settings(ABLATED, done)
-    return [
+    with_sgd = [
+        job_of("trial with SGD", ABLATED, loss, settings, TRIAL_SEED)
+        for loss in ABLATIONS
+        if loss in chosen
+        for settings in settings_of(loss, ABLATED, sgd=True)
+    ]
+    return with_sgd + [
         job_of(f"ablation of {key}", ABLATED, loss, chosen[loss] | {key: value}, seed)
         for loss, keys in ABLATIONS.items()
         if loss in chosen

@@ -102,6 +102,15 @@ def eps_table() -> str:
     return grid(["data", "loss", *(f"eps = {eps:g}" for eps in EPS)], rows)
 
 
+def sgd_table() -> str:
+    """The best trial of a loss with each optimizer."""
+    report, metric = result("study"), PLANS[ABLATED].keep_by
+    trials = {stage: runs_of(report, stage, ABLATED) for stage in ("trial", "trial with SGD")}
+    best = [{loss: max(run[metric] for run in runs) for loss, runs in found.items()} for found in trials.values()]
+    rows = [[loss, f"{100 * best[0][loss]:.1f}", f"{100 * value:.1f}"] for loss, value in best[1].items()]
+    return grid(["loss", "AdamW", "SGD"], rows)
+
+
 def ablation_table() -> str:
     """Each setting varied by itself around the settings that validation chose."""
     report = result("study")
@@ -139,6 +148,7 @@ TABLES = {
     **{data: study_table(data) for data in PLANS},
     "settings": settings_table,
     "eps": eps_table,
+    "sgd": sgd_table,
     "ablation": ablation_table,
     "accuracy": accuracy_table,
 }

@@ -57,6 +57,14 @@ def test_a_seed_fixes_a_run(monkeypatch, tiny):
     assert runs.run(job, None) == runs.run(job, None) != runs.run(job | {"seed": 2}, None)
 
 
+def test_a_run_with_sgd_is_another_one_and_learns(monkeypatch, tiny):
+    monkeypatch.setattr(runs, "load", lambda name, cache: tiny)
+    with_adam = make_job("cross-entropy")
+    common = {name: with_adam["settings"][name] for name in ("weight_decay", "lr")}
+    with_sgd = runs.run(with_adam | {"settings": common | {"weight_decay": 1e-4, "momentum": 0.9}}, None)
+    assert with_sgd["top-5"] > 0.8 and with_sgd["epoch"] != runs.run(with_adam, None)["epoch"]
+
+
 @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.cosine])
 def test_rows_of_cosine_heads_start_at_the_length_asked_for(tiny, loss):
     torch.manual_seed(0)
@@ -141,6 +149,9 @@ def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     assert {job["settings"]["epsilon"] for job in ablations if job["loss"] == BALANCED} == set(
         jobs.ABLATIONS[BALANCED]["epsilon"]
     )
+    with_sgd = [job["settings"] for job in jobs.ablation_jobs(done) if job["stage"] == "trial with SGD"]
+    assert len(with_sgd) == len(jobs.ABLATIONS) * plan.trials
+    assert all("momentum" in settings and "eps" not in settings for settings in with_sgd)
     assert jobs.left_of(jobs.jobs("features", done), done + tests) == []
     assert jobs.left_of(tests, done, [BALANCED]) == [job for job in tests if job["loss"] == BALANCED]
     assert all(job["stage"] == "trial" for job in jobs.jobs("glyphs", done))
