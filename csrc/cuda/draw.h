@@ -1,9 +1,9 @@
 // The draws of a row's contenders, for several samples side by side.
 //
 // Threads share the contenders, four draws a call of noise.h's `philox`. The 32 contenders that are likely to be high,
-// the pilot, are drawn first: they give `reach`, which every sample's k-th best attains. A word that cannot lift its
-// contender to `reach` is dropped by a comparison (`word_bound`); the others, the survivors, wait in their sample's
-// list until a warp turns them into noise, 32 at a time.
+// the pilot, are drawn first: their k-th best gives `reach`, which every sample's k-th best attains. A word that cannot
+// lift its contender to `reach` is dropped by a comparison (`word_bound`); the others, the survivors, wait in their
+// sample's list until a warp turns them into noise, 32 at a time.
 #pragma once
 
 #include "../bounds.h"
@@ -72,22 +72,53 @@ __device__ __forceinline__ void draw_tile(const Args& a, State<T>& state, int do
   if (all && rank < state.n_samples) state.counts[rank] = tile;
 }
 
+// A survivor's noised score and class; (-inf, -1) where a sample has no such survivor.
+template <class L, class T>
+__device__ __forceinline__ Contender<ArithmeticOf<T>> noised(const Args& a, State<T>& state, int sample, int survivor) {
+  using S = ArithmeticOf<T>;
+  if (survivor >= state.counts[sample]) return {-infinity<S>(), -1};
+  const Survivor mine = state.survivors(a.layout, sample)[survivor];
+  const Contender<S> c = state.listed.at[mine.contender];
+  const S draw = (S)L::template draw<Scalar>((int32_t)mine.word);
+  return {c.score + state.row.epsilon * draw, c.class_id + state.row.first_class};
+}
+
 // Draws the noise of a sample's survivors and enters the noised scores into its list.
 template <class L, class T>
 __device__ __forceinline__ void absorb(const Args& a, State<T>& state, int sample) {
   using S = ArithmeticOf<T>;
   Best<S> best(state.lists, sample);
-  const Survivor* survivors = state.survivors(a.layout, sample);
-  const int count = state.counts[sample];
 #pragma unroll 1
-  for (int start = 0; start < count; start += 32) {
-    const int at = start + lane_of();
-    const Survivor mine = survivors[at < count ? at : 0];
-    const Contender<S> c = state.listed.at[mine.contender];
-    const S value = c.score + state.row.epsilon * (S)L::template draw<Scalar>((int32_t)mine.word);
-    best.take(at < count && value > -infinity<S>(), value, c.class_id + state.row.first_class);
+  for (int start = 0; start < state.counts[sample]; start += 32) {
+    const Contender<S> mine = noised<L>(a, state, sample, start + lane_of());
+    best.take(mine.score > -infinity<S>(), mine.score, mine.class_id);
   }
   best.store();
+}
+
+// Leaves each sample the k best survivors of its pilot. Returns the least of the k-th, over a warp's samples.
+template <class L, int TEAM, class T>
+__device__ __forceinline__ ArithmeticOf<T> best_of_pilot(const Args& a, State<T>& state) {
+  using S = ArithmeticOf<T>;
+  auto least = ordered(infinity<S>());
+#pragma unroll 1
+  for (int b = Team<TEAM>::warp(); b < state.n_samples; b += Team<TEAM>::kWarps) {
+    Survivor* survivors = state.survivors(a.layout, b);
+    const Survivor mine = survivors[lane_of()];
+    const auto own = ordered(noised<L>(a, state, b, lane_of()).score);
+    auto key = own, kth = own;
+#pragma unroll 1
+    for (int left = state.lists.k; left > 0;) {
+      kth = most_of_lanes(key);
+      left -= __popc(__ballot_sync(kFull, key == kth));
+      if (key == kth) key = ordered(-infinity<S>());
+    }
+    least = kth < least ? kth : least;
+    const unsigned kept = __ballot_sync(kFull, own >= kth);
+    if (own >= kth) survivors[__popc(kept & lanes_before())] = mine;
+    if (lane_of() == 0) state.counts[b] = __popc(kept);
+  }
+  return unordered(least);
 }
 
 // The value that every sample's k-th best attains.
@@ -106,6 +137,7 @@ __device__ void draw(const Args& a, State<T>& state) {
   using S = ArithmeticOf<T>;
   const int rank = Threads::rank(), n = state.listed.n;
   int done = 0, tile = kPilot, most = TEAM;
+  bool waiting = false;  // survivors
   if (rank < kSamples) state.counts[rank] = 0;
   if (state.reach == -infinity<S>() && n > kPilot) {
     if (Threads::warp() == 0) {
@@ -116,10 +148,21 @@ __device__ void draw(const Args& a, State<T>& state) {
     }
     Threads::sync();
     tile = (int)state.scratch[0];
+    if (tile >= state.lists.k) {
+      draw_tile<L, TEAM>(a, state, 0, tile);
+      Threads::sync();
+      S reach = best_of_pilot<L, TEAM>(a, state);
+      S* of_warps = (S*)state.scratch;
+      if (lane_of() == 0) of_warps[Threads::warp()] = reach;
+      Threads::sync();
+      for (int w = 0; w < Threads::kWarps; ++w) reach = of_warps[w] < reach ? of_warps[w] : reach;
+      if (rank == 0) state.reach = reach;
+      done = tile, tile = most, waiting = true;
+    }
   }
   Threads::sync();
 #pragma unroll 1
-  for (bool waiting = false; done < n;) {
+  while (done < n) {
     tile = tile < n - done ? tile : n - done;
     const int before = rank < kSamples ? state.counts[rank] : 0;
     Threads::sync();
@@ -136,7 +179,7 @@ __device__ void draw(const Args& a, State<T>& state) {
       for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps) absorb<L>(a, state, b);
       Threads::sync();
       const S reach = reach_of(state.lists, state.n_samples);
-      if (rank == 0) state.reach = reach;
+      if (rank == 0 && reach > state.reach) state.reach = reach;
       if (rank < kSamples) state.counts[rank] = 0;
       waiting = false;
     } else {
