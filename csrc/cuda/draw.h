@@ -83,9 +83,9 @@ __device__ __forceinline__ Contender<ArithmeticOf<T>> noised(const Args& a, Stat
   return {c.score + state.row.epsilon * draw, c.class_id + state.row.first_class};
 }
 
-// Draws the noise of a sample's survivors and enters the noised scores into its list.
+// A sample's list, with the noised scores of its survivors entered.
 template <class L, class T>
-__device__ __forceinline__ void absorb(const Args& a, State<T>& state, int sample) {
+__device__ __forceinline__ Best<ArithmeticOf<T>> absorb(const Args& a, State<T>& state, int sample) {
   using S = ArithmeticOf<T>;
   Best<S> best(state.lists, sample);
 #pragma unroll 1
@@ -93,7 +93,7 @@ __device__ __forceinline__ void absorb(const Args& a, State<T>& state, int sampl
     const Contender<S> mine = noised<L>(a, state, sample, start + lane_of());
     best.take(mine.score > -infinity<S>(), mine.score, mine.class_id);
   }
-  best.store();
+  return best;
 }
 
 // Leaves each sample the k best survivors of its pilot. Returns the least of the k-th, over a warp's samples.
@@ -129,10 +129,11 @@ __device__ __forceinline__ S reach_of(const Lists<S>& lists, int samples) {
   return unordered(~most_of_lanes(~key));
 }
 
-// Enters the listed contenders into every sample's list and raises `reach`. A tile with more survivors than there is
-// room for is drawn again, after those before it were absorbed or in parts.
+// Enters the listed contenders into every sample's list and raises `reach`; of the `last` contenders of a row survivors
+// may be left. A tile with more survivors than there is room for is drawn again, after those before it were absorbed or
+// in parts.
 template <class L, int TEAM, class T>
-__device__ void draw(const Args& a, State<T>& state) {
+__device__ void draw(const Args& a, State<T>& state, bool last) {
   using Threads = Team<TEAM>;
   using S = ArithmeticOf<T>;
   const int rank = Threads::rank(), n = state.listed.n;
@@ -173,10 +174,10 @@ __device__ void draw(const Args& a, State<T>& state) {
     if (over && rank < kSamples) state.counts[rank] = before;
     if (over && !waiting) most = kPilot;  // as many as fit
     if (!over) done += tile;
-    if (over ? waiting : done >= n || state.reach == -infinity<S>()) {
+    if (over ? waiting : done < n ? state.reach == -infinity<S>() : !last) {
       Threads::sync();
 #pragma unroll 1
-      for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps) absorb<L>(a, state, b);
+      for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps) absorb<L>(a, state, b).store();
       Threads::sync();
       const S reach = reach_of(state.lists, state.n_samples);
       if (rank == 0 && reach > state.reach) state.reach = reach;

@@ -162,15 +162,20 @@ __device__ void search_samples(const Args& a, State<T>& state) {
   using S = ArithmeticOf<T>;
 #pragma unroll 1
   for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps) state.lists.clear(b);
-  do {
+  for (bool last = false; !last;) {
     next_contenders<TEAM>(a, state);
     if (state.listed.nan) return;
-    draw<L, TEAM>(a, state);
-  } while (!state.listed.whole && !state.progress.over());
-  if (state.row.cut > -infinity<S>())
+    last = state.listed.whole || state.progress.over();
+    draw<L, TEAM>(a, state, last);
+  }
 #pragma unroll 1
-    for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps)
-      walk<L>(state.row, state.first_sample + b, a.inverse_l, Best<S>(state.lists, b));
+  for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps) {
+    const Best<S> best = absorb<L>(a, state, b);
+    if (state.row.cut > -infinity<S>())
+      walk<L>(state.row, state.first_sample + b, a.inverse_l, best);
+    else
+      best.store();
+  }
   Threads::sync();
 }
 
