@@ -146,8 +146,6 @@ def linear_table() -> str:
 def head_table() -> str:
     """The head over all species: what a training step takes, with its ratio to cross-entropy, and the accuracy."""
     report = result("all_species")
-    if "environment" not in report:
-        return MISSING
     names = {"cross-entropy": PLAIN, "sampled": "sampled cross-entropy, B = 16", "topk": "noised top-5, B = 5"}
     plain, rows = report["losses"]["cross-entropy"], []
     for name, found in report["losses"].items():
