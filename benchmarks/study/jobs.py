@@ -19,13 +19,14 @@ TRIAL_SEED = 0
 
 @dataclass(frozen=True)
 class Plan:
-    """How a data set is studied: each loss has `trials` trials, and the best is run again under SEEDS."""
+    """How a data set is studied: each loss has `trials` trials per optimizer, and the best is run again under SEEDS."""
 
     epochs: int
     batch: int
     trials: int
     losses: Sequence[str]
     keep_by: str = "macro top-5"  # chooses the epoch of a run and the settings of a loss, on the validation rows
+    optimizers: Sequence[str] = ("AdamW",)
 
 
 # The smooth top-K SVM takes seven times as long as the others, and is tried once. Where classes are equally frequent a
@@ -34,7 +35,7 @@ ALL = list(LOSSES)
 LONG_TAILED = [name for name in ALL if name != "smooth top-K SVM"]
 FROM_SCRATCH = [name for name in LONG_TAILED if name != "focal" and "B = 5" not in name]
 PLANS = {
-    "features": Plan(15, 256, 15, ALL),
+    "features": Plan(15, 256, 15, ALL, optimizers=("AdamW", "SGD")),
     "kanji": Plan(6, 512, 9, [name for name in FROM_SCRATCH if name != "LDAM"], "top-5"),
     "species": Plan(20, 256, 9, LONG_TAILED),
     "long-tailed glyphs": Plan(8, 128, 9, FROM_SCRATCH),
@@ -55,13 +56,13 @@ ABLATIONS: dict[str, dict[str, Sequence]] = {
 }
 
 
-def settings_of(loss: str, data: str, sgd: bool = False) -> list[dict]:
-    """The settings that a loss tries on a data set.
+def settings_of(loss: str, data: str, optimizer: str) -> list[dict]:
+    """The settings that a loss tries on a data set with an optimizer.
 
     Learning rate and weight decay come from one Sobol sequence, which is the same for all losses, the loss's own
     settings from another, and eps of AdamW takes each of its values in turn.
     """
-    trials = PLANS[data].trials
+    trials, sgd = PLANS[data].trials, optimizer == "SGD"
     common = draw_points(SGD if sgd else OPTIMIZER, trials, TRIAL_SEED)
     own = draw_points(LOSSES[loss].space, trials, TRIAL_SEED + 1)
     third = [{"momentum": MOMENTUM} if sgd else {"eps": EPS[i % len(EPS)]} for i in range(trials)]
@@ -74,15 +75,16 @@ def job_of(stage: str, data: str, loss: str, settings: dict, seed: int) -> dict:
     return {"stage": stage, "data": data, "loss": loss, "settings": settings, "seed": seed} | length
 
 
-def trials_of(data: str, loss: str) -> list[dict]:
-    return [job_of("trial", data, loss, settings, TRIAL_SEED) for settings in settings_of(loss, data)]
+def trials_of(data: str, loss: str, optimizers: Sequence[str]) -> list[dict]:
+    settings = [point for optimizer in optimizers for point in settings_of(loss, data, optimizer)]
+    return [job_of("trial", data, loss, point, TRIAL_SEED) for point in settings]
 
 
-def chosen_settings(data: str, done: list[dict]) -> dict[str, dict]:
-    """The settings of the best trial of each loss whose trials are all done."""
+def chosen_settings(data: str, done: list[dict], optimizers: Sequence[str]) -> dict[str, dict]:
+    """The settings of the best trial with these optimizers, of each loss whose trials are all done."""
     have, chosen = {key_of(record): record for record in done}, {}
     for loss in PLANS[data].losses:
-        trials = trials_of(data, loss)
+        trials = trials_of(data, loss, optimizers)
         found = [have[key_of(trial)] for trial in trials if key_of(trial) in have]
         if len(found) == len(trials):
             chosen[loss] = max(found, key=lambda record: record[PLANS[data].keep_by])["settings"]
@@ -91,21 +93,16 @@ def chosen_settings(data: str, done: list[dict]) -> dict[str, dict]:
 
 def jobs(data: str, done: list[dict]) -> list[dict]:
     """The jobs of a data set, as far as they are known: all trials, and the best ones again, on the test rows."""
-    trials = [job for loss in PLANS[data].losses for job in trials_of(data, loss)]
-    chosen = chosen_settings(data, done)
+    plan = PLANS[data]
+    trials = [job for loss in plan.losses for job in trials_of(data, loss, plan.optimizers)]
+    chosen = chosen_settings(data, done, plan.optimizers)
     return trials + [job_of("test", data, loss, best, seed) for loss, best in chosen.items() for seed in SEEDS]
 
 
 def ablation_jobs(done: list[dict]) -> list[dict]:
-    """The jobs that vary one setting, of the losses whose other settings are chosen; and trials with SGD."""
-    chosen = chosen_settings(ABLATED, done)
-    with_sgd = [
-        job_of("trial with SGD", ABLATED, loss, settings, TRIAL_SEED)
-        for loss in ABLATIONS
-        if loss in chosen
-        for settings in settings_of(loss, ABLATED, sgd=True)
-    ]
-    return with_sgd + [
+    """The jobs that vary one setting, of the losses whose other settings are chosen; with AdamW."""
+    chosen = chosen_settings(ABLATED, done, ("AdamW",))
+    return [
         job_of(f"ablation of {key}", ABLATED, loss, chosen[loss] | {key: value}, seed)
         for loss, keys in ABLATIONS.items()
         if loss in chosen

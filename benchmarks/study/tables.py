@@ -98,17 +98,17 @@ def eps_table() -> str:
         if not report["data"][data]["complete"]:
             continue
         for loss, trials in runs_of(report, "trial", data).items():
-            best = [max(t[plan.keep_by] for t in trials if t["settings"]["eps"] == eps) for eps in EPS]
+            best = [max(t[plan.keep_by] for t in trials if t["settings"].get("eps") == eps) for eps in EPS]
             rows.append([data, loss, *(f"{100 * value:.1f}" for value in best)])
     return grid(["data", "loss", *(f"eps = {eps:g}" for eps in EPS)], rows)
 
 
 def sgd_table() -> str:
-    """The best trial of a loss with each optimizer."""
-    report, metric = result("study"), PLANS[ABLATED].keep_by
-    trials = {stage: runs_of(report, stage, ABLATED) for stage in ("trial", "trial with SGD")}
-    best = [{loss: max(run[metric] for run in runs) for loss, runs in found.items()} for found in trials.values()]
-    rows = [[loss, f"{100 * best[0][loss]:.1f}", f"{100 * value:.1f}"] for loss, value in best[1].items()]
+    """The best trial of each loss with AdamW and with SGD."""
+    rows, plan = [], PLANS["features"]
+    for loss, trials in runs_of(result("study"), "trial", "features").items():
+        of_adamw, of_sgd = ([t[plan.keep_by] for t in trials if name in t["settings"]] for name in ("eps", "momentum"))
+        rows.append([loss, *(f"{100 * max(values):.1f}" for values in (of_adamw, of_sgd))])
     return grid(["loss", "AdamW", "SGD"], rows)
 
 

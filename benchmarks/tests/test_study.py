@@ -136,7 +136,11 @@ def test_only_the_final_runs_see_test_rows(monkeypatch, tiny):
 def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     plan = jobs.PLANS["features"]
     first = jobs.jobs("features", [])
-    assert {job["stage"] for job in first} == {"trial"} and len(first) == len(plan.losses) * plan.trials
+    assert {job["stage"] for job in first} == {"trial"} and len(first) == len(plan.losses) * plan.trials * 2
+    assert [("eps" in job["settings"], "momentum" in job["settings"]) for job in first[: 2 * plan.trials]] == [
+        *[(True, False)] * plan.trials,
+        *[(False, True)] * plan.trials,
+    ]
     assert jobs.ablation_jobs([]) == []
     done = [job | {plan.keep_by: place / 1000} for place, job in enumerate(first)]
     assert jobs.left_of(jobs.jobs("features", done[:3]), done[:3]) == first[3:]
@@ -149,9 +153,7 @@ def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     assert {job["settings"]["epsilon"] for job in ablations if job["loss"] == BALANCED} == set(
         jobs.ABLATIONS[BALANCED]["epsilon"]
     )
-    with_sgd = [job["settings"] for job in jobs.ablation_jobs(done) if job["stage"] == "trial with SGD"]
-    assert len(with_sgd) == len(jobs.ABLATIONS) * plan.trials
-    assert all("momentum" in settings and "eps" not in settings for settings in with_sgd)
+    assert not any("momentum" in job["settings"] for job in jobs.ablation_jobs(done))
     assert jobs.left_of(jobs.jobs("features", done), done + tests) == []
     assert jobs.left_of(tests, done, [BALANCED]) == [job for job in tests if job["loss"] == BALANCED]
     assert all(job["stage"] == "trial" for job in jobs.jobs("glyphs", done))
@@ -159,8 +161,8 @@ def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_settings_are_drawn_inside_their_bounds_and_again_the_same(loss):
-    drawn, space = jobs.settings_of(loss, "kanji"), OPTIMIZER | LOSSES[loss].space
-    assert drawn == jobs.settings_of(loss, "kanji")
+    drawn, space = jobs.settings_of(loss, "kanji", "AdamW"), OPTIMIZER | LOSSES[loss].space
+    assert drawn == jobs.settings_of(loss, "kanji", "AdamW")
     assert all(low <= point[key] <= high for point in drawn for key, (low, high) in space.items())
     assert [point["eps"] for point in drawn] == [*EPS] * 3  # each as often
 
@@ -169,10 +171,11 @@ def test_settings_are_drawn_inside_their_bounds_and_again_the_same(loss):
 def test_all_losses_get_the_same_optimizers(data):
     trials = jobs.jobs(data, [])
     common = [
-        [tuple(j["settings"][name] for name in ("lr", "weight_decay", "eps")) for j in trials if j["loss"] == loss]
+        [tuple(map(j["settings"].get, ("lr", "weight_decay", "eps", "momentum"))) for j in trials if j["loss"] == loss]
         for loss in jobs.PLANS[data].losses
     ]
-    assert all(points == common[0] for points in common) and len(set(common[0])) == jobs.PLANS[data].trials
+    n_trials = jobs.PLANS[data].trials * len(jobs.PLANS[data].optimizers)
+    assert all(points == common[0] for points in common) and len(set(common[0])) == n_trials
 
 
 def test_a_line_that_was_cut_off_is_run_again(tmp_path):
