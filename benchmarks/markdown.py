@@ -17,6 +17,11 @@ def ms(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
+def with_ratio(value: float, unit: str, base: float) -> str:
+    """A figure, in brackets its ratio to another one."""
+    return f"{value:.0f} {unit} ({value / base:.2f})"
+
+
 def show(head: list[str], rows: list[list[str]], note: str, report: dict) -> str:
     """A table, and below it what it has and what it was measured with."""
     return f"{grid(head, rows)}\n\n{note} {where(report['environment'])}"

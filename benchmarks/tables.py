@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 from benchmarks import ROOT
 from benchmarks.committed import bias_is_seen, median, result
-from benchmarks.markdown import grid, ms, show, time_and_ratio, where
+from benchmarks.markdown import grid, ms, show, time_and_ratio, where, with_ratio
 from benchmarks.study.tables import TABLES as STUDY
 
 IMAGES = ROOT / "docs" / "img"
@@ -150,7 +150,7 @@ def head_table() -> str:
     plain, rows = report["losses"]["cross-entropy"], []
     for name, found in report["losses"].items():
         cells = [
-            f"{found[key]:.0f} {unit} ({found[key] / plain[key]:.2f})"
+            with_ratio(found[key], unit, plain[key])
             for key, unit in (("ms a step", "ms"), ("CPU ms a step", "ms"), ("peak MiB", "MiB"))
         ]
         rows.append([names[name], *cells, *(f"{100 * found[f'top-{k}']:.1f}" for k in (1, 5, 10))])
@@ -226,7 +226,7 @@ def language_table() -> str:
         deviation = f" ± {stdev(perplexities):.1f}" if len(runs) > 1 else ""
         row = [name, f"{mean(perplexities):.1f}{deviation}", str(len(runs))]
         for value, unit, base in zip((times[step], times[head], peak), ("ms", "ms", "MiB"), plain):
-            row.append(f"{value:.0f} {unit} ({value / base:.2f})")
+            row.append(with_ratio(value, unit, base))
         rows.append(row)
     head = ["loss", "test perplexity", "seeds", "CPU time a step", "of it head and loss", "peak memory of training"]
     settings = report["settings"]
