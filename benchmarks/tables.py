@@ -149,17 +149,14 @@ def head_table() -> str:
     names = {"cross-entropy": PLAIN, "sampled": "sampled cross-entropy, B = 16", "topk": "noised top-5, B = 5"}
     plain, rows = report["losses"]["cross-entropy"], []
     for name, found in report["losses"].items():
-        cells = [
-            with_ratio(found[key], unit, plain[key])
-            for key, unit in (("ms a step", "ms"), ("CPU ms a step", "ms"), ("peak MiB", "MiB"))
-        ]
+        cells = [with_ratio(found[key], "ms", plain[key]) for key in ("ms a step", "CPU ms a step")]
         rows.append([names[name], *cells, *(f"{100 * found[f'top-{k}']:.1f}" for k in (1, 5, 10))])
     note = (
         f"{report['classes']} species, {report['rows'] - report['test rows']} training rows, {len(plain['losses'])} "
         "steps of 256 rows, with the reading of the data and the optimizers; 256 features; the weight's gradient of "
         "the last two is sparse. Accuracy in percent of the test rows, one seed. In brackets the ratio to the first."
     )
-    head = ["", "time a step", "CPU time a step", "peak memory of training", "top-1", "top-5", "top-10"]
+    head = ["", "time a step", "CPU time a step", "top-1", "top-5", "top-10"]
     return show(head, rows, note, report)
 
 
