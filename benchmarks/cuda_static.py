@@ -1,9 +1,9 @@
 """Inspects the compiled CUDA kernels without a GPU: registers, spills, wide loads and stores, forbidden instructions.
 
-The budget of a kernel is 64 registers a thread, so that eight blocks of 128 threads fit on a multiprocessor, no spills,
-no fused or approximate step in PTX, 16-byte loads of scores and 16-byte stores of gradients. The link's softplus has
-CUDA's own exp and log1p, whose steps are fused. These are facts of the code and no times; benchmarks.model counts what
-runs.
+The budget of a kernel is 64 registers a thread, so that eight blocks of 128 threads fit on a multiprocessor, or 72 and
+seven for float64, no spills, no fused or approximate step in PTX, 16-byte loads of scores and 16-byte stores of
+gradients. The link's softplus has CUDA's own exp and log1p, whose steps are fused. These are facts of the code and no
+times; benchmarks.model counts what runs.
 
     python -m benchmarks.cuda_static            # prints a table, writes results/cuda_static.json; needs nvcc
     python -m benchmarks.cuda_static --quick    # prints the same as JSON, which the tests read

@@ -1,9 +1,10 @@
 // The contenders of a row: the classes above its cut, which get draws of their own, from one pass over its scores.
 //
-// A team reads a row in tiles, kUnroll loads of 16 bytes in flight in each thread. A thread turns its scores of a tile
-// into one mask, and the masks of a segment of tiles into the list at a time: no thread waits for another's hits. A
-// list that is full is drawn for before the pass goes on (search.h), so any number of contenders is right. With few
-// long rows several blocks collect a row, each every parts-th tile (kernels.cu).
+// A team reads a row in tiles, some loads of 16 bytes in flight in each thread. A thread turns its scores of a tile
+// into one mask, and a warp asks for the places of all its hits in the list at a time: no warp waits for another one.
+// The order of a list depends on the order of the warps, and no result does. A list that is full is drawn for before
+// the pass goes on (search.h), so any number of contenders is right. With few long rows several blocks collect a row,
+// each every parts-th tile (kernels.cu).
 #pragma once
 
 #include "cut.h"
@@ -13,6 +14,8 @@ namespace {
 
 template <class T>
 constexpr int kWide = 16 / sizeof(T);  // scores of a load
+template <class T>
+constexpr int kLoads = sizeof(T) == 8 ? 4 : 8;  // in flight in each thread, as many as its registers allow
 
 #ifdef __CUDA_ARCH__
 // Whether each of two scores is above the cut or NaN, all bits of its half.
@@ -60,181 +63,164 @@ __device__ __forceinline__ uint32_t hits_of(const uint4& v, S cut) {
   return hits;
 }
 
-// The place in a tile of a bit of a thread's mask.
-template <int TEAM, class T>
-__device__ __forceinline__ int place_of_bit(int bit) {
-  constexpr int W = kWide<T>;
-  const int load = sizeof(T) == 2 ? bit % 16 / 4 : bit / W;
-  const int within = sizeof(T) == 2 ? bit % 4 * 2 + bit / 16 : bit % W;
-  return (load * TEAM + Team<TEAM>::rank()) * W + within;
+// The hits among a thread's scores of a tile, a bit each.
+template <class T>
+using Mask = std::conditional_t<sizeof(T) == 2, uint64_t, uint32_t>;
+
+__device__ __forceinline__ int count_of(uint32_t mask) { return __popc(mask); }
+__device__ __forceinline__ int count_of(uint64_t mask) { return __popcll(mask); }
+__device__ __forceinline__ unsigned first_of(uint32_t mask) { return (unsigned)__ffs((int)mask) - 1; }
+__device__ __forceinline__ unsigned first_of(uint64_t mask) { return (unsigned)__ffsll((int64_t)mask) - 1; }
+
+// The bits of hits_of in the mask of a thread, of the load it is.
+template <class T>
+__device__ __forceinline__ Mask<T> mask_of_load(uint32_t hits, int load) {
+  return (Mask<T>)hits << (sizeof(T) == 2 ? load / 4 * 32 + load % 4 * 4 : load * kWide<T>);
 }
 
-// A pass over every step-th tile of a row by a team. Lists are the same in every run: a scan over the threads gives
-// each of them its places.
+// The place of a bit of a thread's mask in its tile, after the thread's first one.
 template <int TEAM, class T>
-struct Pass {
+__device__ __forceinline__ int place_of_bit(unsigned bit) {
+  constexpr unsigned W = kWide<T>;
+  const unsigned load = sizeof(T) == 2 ? bit / 32 * 4 + bit % 16 / 4 : bit / W;
+  const unsigned within = sizeof(T) == 2 ? bit % 4 * 2 + bit / 16 % 2 : bit % W;
+  return (int)(load * TEAM * W + within);
+}
+
+// The tiles of a row, as a thread of a team reads them.
+template <int TEAM, class T>
+struct Tiles {
   using S = ArithmeticOf<T>;
   using Threads = Team<TEAM>;
-  static constexpr int W = kWide<T>, kTile = TEAM * W * kUnroll;
+  static constexpr int W = kWide<T>, kTile = TEAM * W * kLoads<T>;
 
-  const Row<T>& row;
-  Mask<T>* bits;
-  int32_t lead;  // places of the first tile that lie before the row
+  const Scores<T>& scores;
+  S cut;
+  int32_t lead;    // places of the first tile that lie before the row
+  int32_t n;       // tiles
+  int32_t n_full;  // without a last one that is not all in the row; 0 where scores lie apart
+  int32_t first;   // this thread's first class of the first tile, or less
 
-  __device__ Pass(const Row<T>& row_, Mask<T>* bits_) : row(row_), bits(bits_) {
-    lead = row.scores.stride == 1 ? (int32_t)((uintptr_t)row.scores.at % 16 / sizeof(T)) : 0;
+  __device__ explicit Tiles(const Row<T>& row) : scores(row.scores), cut(row.cut) {
+    const bool is_dense = scores.stride == 1;
+    lead = is_dense ? (int32_t)((uintptr_t)scores.at % 16 / sizeof(T)) : 0;
+    n = (int32_t)((scores.n + lead + kTile - 1) / kTile);
+    n_full = is_dense ? (int32_t)((scores.n + lead) / kTile) : 0;
+    first = Threads::rank() * W - lead;
   }
 
-  __device__ __forceinline__ Progress start(int first, int step) const {
-    return {first, step, (int32_t)((row.scores.n + lead + kTile - 1) / kTile), 0, 0, 0};
+  // The class of a bit of this thread's mask of a tile.
+  __device__ __forceinline__ int32_t class_of(int32_t tile, unsigned bit) const {
+    return tile * kTile + first + place_of_bit<TEAM, T>(bit);
   }
-
-  // The class at the first place of a tile, or less.
-  __device__ __forceinline__ int64_t first_class(int32_t tile) const { return (int64_t)tile * kTile - lead; }
 
   // The mask of this thread's scores of a tile.
-  __device__ __forceinline__ uint32_t mask_of(int32_t tile) const {
-    constexpr int kShift = sizeof(T) == 2 ? 4 : W;
-    const Scores<T>& scores = row.scores;
-    const S cut = row.cut;
-    const int64_t start = first_class(tile);
-    const int begin = start < 0 ? (int)-start : 0;  // places [begin, end) of the tile are in the row
-    const int end = scores.n - start < kTile ? (int)(scores.n - start) : kTile;
-    uint32_t mask = 0;
-    if (scores.stride == 1) {
-      const T* at = scores.at + start + Threads::rank() * W;
-      uint4 v[kUnroll];
-      if (begin == 0 && end == kTile) {
-        for (int u = 0; u < kUnroll; ++u) v[u] = *(const uint4*)(at + u * TEAM * W);
-        for (int u = 0; u < kUnroll; ++u) mask |= hits_of<T>(v[u], cut) << u * kShift;
-        return mask;
-      }
-      bool whole[kUnroll];
-      for (int u = 0; u < kUnroll; ++u) {
-        const int place = (u * TEAM + Threads::rank()) * W;
-        whole[u] = place >= begin && place + W <= end;
-        v[u] = whole[u] ? *(const uint4*)(at + u * TEAM * W) : uint4{0, 0, 0, 0};
-      }
-      for (int u = 0; u < kUnroll; ++u) mask |= whole[u] ? hits_of<T>(v[u], cut) << u * kShift : 0u;
-      if (begin == 0 && end % W == 0) return mask;
-    }
-#pragma unroll 1
-    for (int bit = 0; bit < W * kUnroll; bit += 4) {  // of 16 bytes that are not all in the row, or that lie apart
-      S x[4];
-      for (int j = 0; j < 4; ++j) {
-        const int place = place_of_bit<TEAM, T>(bit + j), first = place / W * W;
-        const bool is_whole = scores.stride == 1 && first >= begin && first + W <= end;
-        x[j] = place >= begin && place < end && !is_whole ? scores[start + place] : -infinity<S>();
-      }
-      for (int j = 0; j < 4; ++j) mask |= !(x[j] <= cut) ? 1u << (bit + j) : 0u;
-    }
+  __device__ __forceinline__ Mask<T> mask_of(int32_t tile) const {
+    if (tile >= n_full || (tile == 0 && lead)) return mask_of_part(tile);
+    const T* at = scores.at + (first + (int64_t)tile * kTile);
+    uint4 v[kLoads<T>];
+    for (int u = 0; u < kLoads<T>; ++u) v[u] = *(const uint4*)(at + u * TEAM * W);
+    Mask<T> mask = 0;
+    for (int u = 0; u < kLoads<T>; ++u) mask |= mask_of_load<T>(hits_of<T>(v[u], cut), u);
     return mask;
   }
 
-  // Reads the masks of the next segment. Each thread reads later only those that it wrote.
-  __device__ __forceinline__ void read_segment(Progress& at) const {
-    at.segment = at.tile;
-    // Short segments of a long row are still in L1 when the list reads their scores again.
-    const int slots = TEAM > 32 && at.tiles > kSlots<TEAM> ? kSlots<TEAM> / 4 : kSlots<TEAM>;
-#pragma unroll 1
-    for (int slot = 0; slot < slots && at.tile < at.tiles; ++slot, at.tile += at.step)
-      bits[slot * TEAM + Threads::rank()] = (Mask<T>)mask_of(at.tile);
-  }
-
-  // The hits of a segment in the threads before this one; all of them go to `hits`.
-  __device__ __forceinline__ int hits_before(const Progress& at, int64_t* scratch, int32_t& hits) const {
-    int count = 0;
-    int32_t tile = at.segment;
-#pragma unroll 1
-    for (int slot = 0; slot < kSlots<TEAM> && tile < at.tile; ++slot, tile += at.step)
-      count += __popc((uint32_t)bits[slot * TEAM + Threads::rank()]);
-    const int up_to = sum_to_lane(count);
-    int before = up_to - count;
-    if (TEAM == 32) {
-      hits = __shfl_sync(kFull, up_to, 31);
-      return before;
+ private:
+  // The same for a tile that is not all in the row, or whose scores lie apart.
+  __device__ Mask<T> mask_of_part(int32_t tile) const {
+    const int64_t start = (int64_t)tile * kTile - lead;
+    const int begin = start < 0 ? (int)-start : 0;  // places [begin, end) of the tile are in the row
+    const int end = scores.n - start < kTile ? (int)(scores.n - start) : kTile;
+    Mask<T> mask = 0;
+    if (scores.stride == 1) {
+      uint4 v[kLoads<T>];
+      bool whole[kLoads<T>];
+      for (int u = 0; u < kLoads<T>; ++u) {
+        const int place = (u * TEAM + Threads::rank()) * W;
+        whole[u] = place >= begin && place + W <= end;
+        v[u] = whole[u] ? *(const uint4*)(scores.at + start + place) : uint4{0, 0, 0, 0};
+      }
+      for (int u = 0; u < kLoads<T>; ++u) mask |= mask_of_load<T>(whole[u] ? hits_of<T>(v[u], cut) : 0, u);
+      if (begin == 0 && end % W == 0) return mask;
     }
-    Threads::sync();
-    if (lane_of() == 31) scratch[Threads::warp()] = up_to;
-    Threads::sync();
-    hits = 0;
-    for (int w = 0; w < Threads::kWarps; ++w) {
-      before += w < Threads::warp() ? (int)scratch[w] : 0;
-      hits += (int32_t)scratch[w];
-    }
-    return before;
-  }
-
-  // Lists the classes of a segment's hits, `wanted` of them, from the one that is `place` before this thread's first.
-  __device__ __forceinline__ void list_hits(const Progress& at, int place, int wanted, Contender<S>* list) const {
-    int32_t tile = at.segment;
 #pragma unroll 1
-    for (int slot = 0; slot < kSlots<TEAM> && tile < at.tile; ++slot, tile += at.step)
-      for (uint32_t mask = bits[slot * TEAM + Threads::rank()]; mask; mask &= mask - 1, ++place)
-        if (place >= 0 && place < wanted)
-          list[place].class_id = (int32_t)(first_class(tile) + place_of_bit<TEAM, T>(first_lane(mask)));
+    for (int bit = 0; bit < W * kLoads<T>; bit += 4) {  // of 16 bytes that are not all in the row, or that lie apart
+      S x[4];
+      for (int j = 0; j < 4; ++j) {
+        const int place = Threads::rank() * W + place_of_bit<TEAM, T>(bit + j), vector = place / W * W;
+        const bool is_whole = scores.stride == 1 && vector >= begin && vector + W <= end;
+        x[j] = place >= begin && place < end && !is_whole ? scores[start + place] : -infinity<S>();
+      }
+      for (int j = 0; j < 4; ++j) mask |= (Mask<T>)!(x[j] <= cut) << (bit + j);
+    }
+    return mask;
   }
 };
 
-// Starts a pass over every step-th tile of a team's row; one thread calls it.
-template <int TEAM, class T>
-__device__ __forceinline__ void start_pass(const Args& a, State<T>& state, int first, int step) {
-  state.progress = Pass<TEAM, T>(state.row, state.bits(a.layout)).start(first, step);
-  state.listed.whole = false;
+// Starts a pass over every step-th tile of a team's row; one thread calls it, and a barrier has to follow.
+template <class T>
+__device__ __forceinline__ void start_pass(State<T>& state, int first, int step) {
+  for (Progress& warp : state.progress) warp = {first, 0};
+  state.step = step;
+  state.listed.found = 0, state.listed.whole = false;
 }
 
-// A thread's account of a list: its length, and for the thread's share of it the sum of the distances from the cut and
-// whether a score is NaN.
+// A thread's share of what a team knows of its list.
 template <class S>
 struct Found {
-  int32_t n;
   S above_cut;
   bool nan;
 
   __device__ __forceinline__ void look_at(S score, S cut) { nan |= score != score, above_cut += score - cut; }
 };
 
-// Describes a team's list; a barrier of the team has to follow.
+// Ends a list with what each thread found; a barrier, too.
 template <int TEAM, class S>
-__device__ __forceinline__ void publish(const Found<S>& found, bool whole, Listed<S>& listed, int64_t* scratch) {
-  const S above_cut = Team<TEAM>::sum(found.above_cut, scratch);
-  const bool nan = Team<TEAM>::any(found.nan);
-  if (Team<TEAM>::rank() != 0) return;
-  listed.n = found.n, listed.above_cut = above_cut / (S)found.n, listed.nan = nan, listed.whole = whole;
+__device__ __forceinline__ void end_list(const Found<S>& found, Listed<S>& listed) {
+  S above_cut = found.above_cut;
+  for (int by = 16; by > 0; by /= 2) above_cut += __shfl_xor_sync(kFull, above_cut, by);
+  if (lane_of() == 0) listed.above_cut[Team<TEAM>::warp()] = above_cut;
+  if (found.nan) listed.nan = true;
+  Team<TEAM>::sync();
 }
 
-// Goes on with a pass until the list is full or the row is over; a barrier, too. Scores are read again for the list:
-// they are in a cache.
-template <int TEAM, class T, class S>
-__device__ void collect(const Row<T>& row, Mask<T>* bits, Progress& progress, Listed<S>& listed, int64_t* scratch) {
-  using Threads = Team<TEAM>;
-  const Pass<TEAM, T> pass(row, bits);
-  Progress at = progress;
-  const S cut = row.cut;
-  Contender<S>* list = listed.at;
-  Found<S> found{0, (S)0, false};
-  while (found.n < listed.capacity && !at.over()) {
-    if (at.taken == at.hits) {
-      pass.read_segment(at);
-      at.taken = 0;
-    }
-    const int before = pass.hits_before(at, scratch, at.hits);
-    const int left = at.hits - at.taken, room = listed.capacity - found.n, wanted = left < room ? left : room;
-    if (!wanted) continue;
-    pass.list_hits(at, before - at.taken, wanted, list + found.n);
-    at.taken += wanted;
-    Threads::sync();
+// Adds the next contenders of a pass to the list, until it is full or the row is over; a barrier, too.
+template <int TEAM, class T>
+__device__ void collect(State<T>& state) {
+  using S = ArithmeticOf<T>;
+  const Tiles<TEAM, T> tiles(state.row);
+  auto& listed = state.listed;
+  Found<S> found{(S)0, false};
+  Progress at = state.progress[Team<TEAM>::warp()];
 #pragma unroll 1
-    for (int i = found.n + Threads::rank(); i < found.n + wanted; i += TEAM) {
-      const S score = row.scores[list[i].class_id];
-      list[i].score = score;
-      found.look_at(score, cut);
+  for (bool full = false; at.tile < tiles.n && !full;) {
+    Mask<T> mask = tiles.mask_of(at.tile);
+    const int hits = sum_of_lanes(count_of(mask)) - at.taken;
+    int start = 0;
+    if (hits && lane_of() == 0) start = atomicAdd(&listed.found, hits);
+    start = __shfl_sync(kFull, start, 0);
+    const int room = listed.capacity > start ? listed.capacity - start : 0, wanted = hits < room ? hits : room;
+    Contender<S>* list = listed.at + start;
+#pragma unroll 1
+    for (int before = -at.taken; before < wanted;) {  // a hit of each lane that has any left
+      const unsigned lanes = __ballot_sync(kFull, mask != 0);
+      const int place = before + __popc(lanes & lanes_before());
+      if (mask && place >= 0 && place < wanted) list[place].class_id = tiles.class_of(at.tile, first_of(mask));
+      mask &= mask - 1;
+      before += __popc(lanes);
     }
-    found.n += wanted;
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane_of(); i < wanted; i += 32) {
+      const S score = tiles.scores[list[i].class_id];  // it is in a cache
+      list[i].score = score;
+      found.look_at(score, tiles.cut);
+    }
+    full = wanted < hits;
+    at = full ? Progress{at.tile, at.taken + wanted} : Progress{at.tile + state.step, 0};
   }
-  publish<TEAM>(found, progress.tile < at.step && at.over(), listed, scratch);
-  if (Threads::rank() == 0) progress = at;
-  Threads::sync();
+  if (lane_of() == 0) state.progress[Team<TEAM>::warp()] = at;
+  end_list<TEAM>(found, listed);
 }
 
 // Whether fewer scores of the row than `wanted` are above -inf.

@@ -46,6 +46,14 @@ struct Keys {
   }
 };
 
+// A width times a share in units of 2^-32.
+__device__ __forceinline__ uint32_t share_of(uint32_t width, uint32_t share) {
+  return (uint32_t)((uint64_t)width * share >> 32);
+}
+__device__ __forceinline__ uint64_t share_of(uint64_t width, uint32_t share) {
+  return (width >> 32) * share + ((width & 0xffffffffu) * share >> 32);
+}
+
 // The rank-th largest of n keys, or `none` where fewer than `rank` are above it, by one warp: regula falsi by counts,
 // in which an end that stays weighs half as much each time (the Illinois rule).
 template <class K>
@@ -62,15 +70,15 @@ __device__ K kth_largest(const K* all, int n, int rank, K none) {
   if (reach_low < rank) return none;
   largest = most_of_lanes(largest);
   low = ~most_of_lanes(~low);
-  uint64_t width = (uint64_t)largest - (uint64_t)low + 1;  // [low, low + width): low reaches the rank, the end does not
+  using Width = std::conditional_t<sizeof(K) == 4, uint32_t, uint64_t>;
+  Width width = (Width)largest - (Width)low + 1;  // [low, low + width): low reaches the rank, the end does not
   float below = (float)(reach_low - rank) + 0.5f, above = (float)rank;  // weights: how far the ends' counts are off
   bool was_low = false, was_high = false;
 #pragma unroll 1
   while (width > 1 && reach_low > rank) {
-    const uint64_t part = (uint64_t)(below / (below + above) * 65536.0f);  // in fixed point: no FP64
-    uint64_t ahead = width >> 48 ? (width >> 16) * part : width * part >> 16;
+    Width ahead = share_of(width, (uint32_t)(below / (below + above) * 4294967040.0f));
     ahead = ahead < 1 ? 1 : ahead > width - 1 ? width - 1 : ahead;
-    const K middle = (K)((uint64_t)low + ahead);
+    const K middle = (K)((Width)low + ahead);
     int reach = 0;
     keys.each([&](K x) { reach += x >= middle ? 1 : 0; });
     reach = sum_of_lanes(reach);
@@ -147,10 +155,22 @@ __device__ __forceinline__ void make_keys(const Args& a, const Scores<T>& scores
   const int64_t step = (int64_t)a.plan.group * a.plan.stride;
   const int group = a.plan.group, n = a.looked_at;
   if (scores.stride == 1 && group >= W) {
+    const bool is_aligned = ((uintptr_t)scores.at | (uintptr_t)step * sizeof(T)) % 16 == 0 && group % W == 0;
 #pragma unroll 1
-    for (int q = Team<TEAM>::rank(); q < n; q += TEAM) {
+    for (int q = Team<TEAM>::rank(); q < n;) {
       const int64_t begin = q * step, left = scores.n - begin;
-      keys[q] = key_of<T>(most_of_group(scores, begin, left < group ? (int)left : group));
+      if (is_aligned && (kAbreast - 1) * TEAM * step + group <= left) {  // groups abreast: as many loads in flight
+        S top[kAbreast];
+        for (S& x : top) x = -infinity<S>();
+#pragma unroll 1
+        for (int i = 0; i < group; i += W)
+          for (int u = 0; u < kAbreast; ++u)
+            top[u] = most_of_vector<T>(*(const uint4*)(scores.at + begin + u * TEAM * step + i), top[u]);
+        for (int u = 0; u < kAbreast; ++u, q += TEAM) keys[q] = key_of<T>(top[u]);
+      } else {
+        keys[q] = key_of<T>(most_of_group(scores, begin, left < group ? (int)left : group));
+        q += TEAM;
+      }
     }
     return;
   }

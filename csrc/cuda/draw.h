@@ -1,46 +1,59 @@
 // The draws of a row's contenders, for several samples side by side.
 //
-// Threads share the contenders, four draws a call of noise.h's `philox`. The 32 contenders that are likely to be high,
-// the pilot, are drawn first: their k-th best gives `reach`, which every sample's k-th best attains. A word that cannot
-// lift its contender to `reach` is dropped by a comparison (`word_bound`); the others, the survivors, wait in their
-// sample's list until a warp turns them into noise, 32 at a time.
+// Threads share the contenders, four draws a call of noise.h's `philox`. Some 32 contenders with high scores, the
+// pilot, are drawn beforehand: their k-th best gives `reach`, which every sample's k-th best attains. A word that
+// cannot lift its contender to `reach` is dropped by a comparison (`word_bound`); the others, the survivors, wait in
+// their sample's list until a warp turns them into noise, 32 at a time.
 #pragma once
 
-#include "../bounds.h"
 #include "collect.h"
 
 namespace topk_fast {
 namespace {
 
-// Moves contenders with a score above `high` to the front of the list, kPilot at most, by one warp. Returns how many
-// contenders the pilot has: the first ones where fewer than k are that high.
-template <class S>
-__device__ int bring_forward(Contender<S>* list, int n, S high, int k, int32_t* pilot) {
-  const int lane = lane_of(), all = n < kPilot ? n : kPilot;
-  int found = 0;
-  for (int start = 0; start < n && found < kPilot; start += 32) {
-    const int i = start + lane;
-    const bool is_high = i < n && list[i].score > high;
-    const unsigned mask = __ballot_sync(kFull, is_high);
-    const int place = found + __popc(mask & lanes_before());
-    if (is_high && place < kPilot) pilot[place] = i;
-    found += __popc(mask);
+// Notes which of a list's n contenders are the pilot; a barrier, too.
+template <int TEAM, class T>
+__device__ __forceinline__ void pick_pilot(const Args& a, State<T>& state, int n) {
+  using S = ArithmeticOf<T>;
+  S above_cut = (S)0;
+  for (int w = 0; w < Team<TEAM>::kWarps; ++w) above_cut += state.listed.above_cut[w];
+  const S high = state.row.cut + above_cut / (S)n * (S)a.pilot_above;
+#pragma unroll 1
+  for (int i = Team<TEAM>::rank(); i < n; i += TEAM) {
+    if (!(state.listed.at[i].score > high)) continue;
+    const int place = atomicAdd(&state.n_pilot, 1);
+    if (place < kPilot) state.pilot[place] = i;
   }
-  found = found < kPilot ? found : kPilot;
-  if (found < k) return all;
-  __syncwarp();
-  // The high ones ascend: those that lie in front already come first, the others take the places that are left.
-  const int mine = lane < found ? pilot[lane] : n;
-  const int in_front = __popc(__ballot_sync(kFull, mine < found));
-  const bool is_free = lane < found && !(list[lane].score > high);
-  const unsigned free = __ballot_sync(kFull, is_free);
-  const int other = __shfl_sync(kFull, mine, (in_front + __popc(free & lanes_before())) % 32);
-  if (is_free) {
-    const Contender<S> low = list[lane];
-    list[lane] = list[other], list[other] = low;
+  Team<TEAM>::sync();
+}
+
+// Draws for the pilot, or for the first contenders of the list where it has fewer than k. Returns the least of the
+// k-th best, over a warp's samples.
+template <class L, int TEAM, class T>
+__device__ __forceinline__ ArithmeticOf<T> reach_of_pilot(const State<T>& state) {
+  using S = ArithmeticOf<T>;
+  const int lane = lane_of(), k = state.lists.k;
+  const bool is_list = state.n_pilot < k, here = is_list || lane < state.n_pilot;
+  const Contender<S> c = here ? state.listed.at[is_list ? lane : state.pilot[lane]] : Contender<S>{};
+  const int share = (state.n_samples + Team<TEAM>::kWarps - 1) / Team<TEAM>::kWarps, begin = Team<TEAM>::warp() * share;
+  auto least = ordered(infinity<S>());
+  Words w{};
+#pragma unroll 1
+  for (int b = begin; b < begin + share && b < state.n_samples; ++b) {
+    if (b == begin || b % 4 == 0)
+      w = state.row.words((uint32_t)(c.class_id + state.row.first_class), (uint32_t)(state.first_sample + b) / 4, 0);
+    const uint32_t word = b % 4 < 2 ? (b % 4 ? w.w1 : w.w0) : b % 4 == 2 ? w.w2 : w.w3;
+    const S draw = (S)L::template draw<Scalar>((int32_t)word);
+    auto key = ordered(here ? c.score + state.row.epsilon * draw : -infinity<S>()), kth = key;
+#pragma unroll 1
+    for (int left = k; left > 0;) {
+      kth = most_of_lanes(key);
+      left -= __popc(__ballot_sync(kFull, key == kth));
+      if (key == kth) key = ordered(-infinity<S>());
+    }
+    least = kth < least ? kth : least;
   }
-  __syncwarp();
-  return found;
+  return unordered(least);
 }
 
 // Draws the words of `tile` contenders of the list from `done` on and keeps the survivors. All words survive where
@@ -96,31 +109,6 @@ __device__ __forceinline__ Best<ArithmeticOf<T>> absorb(const Args& a, State<T>&
   return best;
 }
 
-// Leaves each sample the k best survivors of its pilot. Returns the least of the k-th, over a warp's samples.
-template <class L, int TEAM, class T>
-__device__ __forceinline__ ArithmeticOf<T> best_of_pilot(const Args& a, State<T>& state) {
-  using S = ArithmeticOf<T>;
-  auto least = ordered(infinity<S>());
-#pragma unroll 1
-  for (int b = Team<TEAM>::warp(); b < state.n_samples; b += Team<TEAM>::kWarps) {
-    Survivor* survivors = state.survivors(a.layout, b);
-    const Survivor mine = survivors[lane_of()];
-    const auto own = ordered(noised<L>(a, state, b, lane_of()).score);
-    auto key = own, kth = own;
-#pragma unroll 1
-    for (int left = state.lists.k; left > 0;) {
-      kth = most_of_lanes(key);
-      left -= __popc(__ballot_sync(kFull, key == kth));
-      if (key == kth) key = ordered(-infinity<S>());
-    }
-    least = kth < least ? kth : least;
-    const unsigned kept = __ballot_sync(kFull, own >= kth);
-    if (own >= kth) survivors[__popc(kept & lanes_before())] = mine;
-    if (lane_of() == 0) state.counts[b] = __popc(kept);
-  }
-  return unordered(least);
-}
-
 // The value that every sample's k-th best attains.
 template <class S>
 __device__ __forceinline__ S reach_of(const Lists<S>& lists, int samples) {
@@ -136,30 +124,19 @@ template <class L, int TEAM, class T>
 __device__ void draw(const Args& a, State<T>& state, bool last) {
   using Threads = Team<TEAM>;
   using S = ArithmeticOf<T>;
-  const int rank = Threads::rank(), n = state.listed.n;
+  const int rank = Threads::rank(), n = state.listed.size();
   int done = 0, tile = kPilot, most = TEAM;
   bool waiting = false;  // survivors
   if (rank < kSamples) state.counts[rank] = 0;
-  if (state.reach == -infinity<S>() && n > kPilot) {
-    if (Threads::warp() == 0) {
-      // As many as the pilot has exceed this, if scores have an exponential tail.
-      const S high = state.row.cut + state.listed.above_cut * (S)ln<Scalar>((float)n / kPilot);
-      tile = bring_forward(state.listed.at, n, high, state.lists.k, state.pilot);
-      if (lane_of() == 0) state.scratch[0] = tile;
-    }
+  if (state.reach == -infinity<S>() && n > kPilot && state.lists.k <= kPilot) {
+    pick_pilot<TEAM>(a, state, n);
+    S reach = reach_of_pilot<L, TEAM>(state);
+    S* of_warps = (S*)state.scratch;
+    if (lane_of() == 0) of_warps[Threads::warp()] = reach;
     Threads::sync();
-    tile = (int)state.scratch[0];
-    if (tile >= state.lists.k) {
-      draw_tile<L, TEAM>(a, state, 0, tile);
-      Threads::sync();
-      S reach = best_of_pilot<L, TEAM>(a, state);
-      S* of_warps = (S*)state.scratch;
-      if (lane_of() == 0) of_warps[Threads::warp()] = reach;
-      Threads::sync();
-      for (int w = 0; w < Threads::kWarps; ++w) reach = of_warps[w] < reach ? of_warps[w] : reach;
-      if (rank == 0) state.reach = reach;
-      done = tile, tile = most, waiting = true;
-    }
+    for (int w = 0; w < Threads::kWarps; ++w) reach = of_warps[w] < reach ? of_warps[w] : reach;
+    if (rank == 0) state.reach = reach, state.n_pilot = 0;
+    tile = most;
   }
   Threads::sync();
 #pragma unroll 1

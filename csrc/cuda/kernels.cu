@@ -18,7 +18,7 @@ namespace {
 
 // The cuts of rows that several blocks collect, a block a row.
 template <class T>
-__global__ void __launch_bounds__(kBlock, kResident) cut_kernel(const Args a) {
+__global__ void __launch_bounds__(kBlock, kResident<T>) cut_kernel(const Args a) {
   TOPK_FAST_SHARED(shared);
   using S = ArithmeticOf<T>;
   const int64_t n = blockIdx.x;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kBlock, kResident) cut_kernel(const Args a) {
 
 // The contenders of one part of a row, [rows * parts] blocks.
 template <class T>
-__global__ void __launch_bounds__(kBlock, kResident) collect_kernel(const Args a) {
+__global__ void __launch_bounds__(kBlock, kResident<T>) collect_kernel(const Args a) {
   TOPK_FAST_SHARED(shared);
   using S = ArithmeticOf<T>;
   const int64_t n = blockIdx.x / a.layout.parts;
@@ -39,17 +39,17 @@ __global__ void __launch_bounds__(kBlock, kResident) collect_kernel(const Args a
   State<T>& state = make_state<kBlock, T>(a, shared, n);
   if (threadIdx.x == 0) {
     state.row.scores = scores_of<T>(a.search, n), state.row.cut = *parts.cut;
-    start_pass<kBlock>(a, state, part, a.layout.parts);
+    start_pass(state, part, a.layout.parts);
     state.listed.at = parts.list + (int64_t)part * a.layout.part_capacity;
     state.listed.capacity = a.layout.part_capacity;
   }
   __syncthreads();
-  collect<kBlock>(state.row, state.bits(a.layout), state.progress, state.listed, state.scratch);
-  if (threadIdx.x == 0) parts.counts[part] = state.progress.over() ? state.listed.n : -1;
+  collect<kBlock>(state);
+  if (threadIdx.x == 0) parts.counts[part] = state.listed.is_last() ? state.listed.found : -1;
 }
 
 template <class T, class L, int TEAM>
-__global__ void __launch_bounds__(kBlock, kResident) search_kernel(const Args a) {
+__global__ void __launch_bounds__(kBlock, kResident<T>) search_kernel(const Args a) {
   TOPK_FAST_SHARED(shared);
   using S = ArithmeticOf<T>;
   const Search& p = a.search;

@@ -1,22 +1,21 @@
 // Launch shapes and the places of everything in memory, by (N, L, dtype, k, n_sample) and the GPU.
 #pragma once
 
+#include <cmath>
 #include <new>
+#include <type_traits>
 
-#include "../noise.h"
+#include "../bounds.h"
 #include "best.h"
 
 namespace topk_fast {
 namespace {
 
-constexpr int kUnroll = 4;            // 16-byte loads in flight in each thread that collects
-constexpr int kSegmentBytes = 16384;  // of a row, whose hits a warp's bitmap holds; a block's holds four times as many
-constexpr int kMaxParts = 16;         // blocks that share a row
-constexpr int kSamples = 16;          // samples of a row that are searched side by side, at most
-constexpr int kResident = 8;          // blocks of a search that run on a multiprocessor at a time, by its registers
-constexpr int kFewest = 2;            // of these, where rows should stay in L2
-constexpr int kPilot = 32;            // contenders whose draws make the first bound
-constexpr int kMostAtOnce = 4096;     // contenders in a team's list, about
+constexpr int kMaxParts = 16;           // blocks that share a row
+constexpr int kSamples = 16;            // samples of a row that are searched side by side, at most
+constexpr int kFewest = 2;              // of these, where rows should stay in L2
+constexpr int kPilot = 32;              // contenders whose draws make the first bound
+constexpr int kMostAtOnce = 4096;       // contenders in a team's list, about
 constexpr int kBlockBudget = 46 << 10;  // bytes of shared memory that every GPU gives a block
 
 // Clean scores of a row, widened when they are read.
@@ -40,21 +39,9 @@ struct Survivor {
   int32_t contender;
 };
 
-// The hits among the scores that a thread loads at a time, a bit each.
-template <int BYTES>
-struct MaskOf {
-  using type = uint32_t;
-};
-template <>
-struct MaskOf<4> {
-  using type = uint16_t;
-};
-template <>
-struct MaskOf<8> {
-  using type = uint8_t;
-};
+// Blocks of a search that run on a multiprocessor at a time, by its registers; float64 takes more of them.
 template <class T>
-using Mask = typename MaskOf<sizeof(T)>::type;
+constexpr int kResident = sizeof(T) == 8 ? 7 : 8;
 
 // The places of everything, in bytes from the start of a team's part of shared memory or of the workspace.
 struct Layout {
@@ -65,7 +52,7 @@ struct Layout {
   int samples;        // searched side by side: 4, 8 or 16
   int held;           // survivors of a sample that wait for their draws
   int best_in_shared, list_in_shared;
-  int bits_at, keys_at, best_at, list_at, shared;  // the team's state comes first
+  int keys_at, best_at, list_at, shared;  // the team's state comes first
   int64_t blocks, workspace_list, workspace_slot, workspace_header, workspace_row, workspace;
 };
 
@@ -77,6 +64,7 @@ struct Args {
   char* workspace;
   int32_t planned;    // whether there is a cut
   int32_t looked_at;  // groups that the cut is made of
+  float pilot_above;  // the cut, in mean distances of the contenders from it
   float inverse_l;
   double inverse_b;
 };
@@ -112,21 +100,24 @@ struct Row {
   }
 };
 
-// How far a pass over the tiles of a row has come.
+// How far a warp has come in a pass over the tiles of a row.
 struct Progress {
-  int32_t tile, step, tiles;     // the next tile
-  int32_t segment, hits, taken;  // the first tile of the last segment, its hits, and those in the list
-  __device__ __forceinline__ bool over() const { return taken == hits && tile >= tiles; }
+  int32_t tile;   // its next one
+  int32_t taken;  // hits of this tile that an earlier list has
 };
 
 // Contenders in a team's list.
 template <class S>
 struct Listed {
   Contender<S>* at;
-  int32_t capacity, n;
-  S above_cut;  // the mean distance of their scores from the cut
-  bool nan;     // whether a score is NaN
-  bool whole;   // whether they are all of the row's
+  int32_t capacity;
+  int32_t found;             // how many the list would hold if it were long enough
+  S above_cut[kBlock / 32];  // the sum of the distances of their scores from the cut, by warps
+  bool nan;                  // whether a score is NaN
+  bool whole;                // whether they are all of the row's
+
+  __device__ __forceinline__ int32_t size() const { return found < capacity ? found : capacity; }
+  __device__ __forceinline__ bool is_last() const { return found <= capacity; }  // of the pass
 };
 
 // The knowledge of a team. It lies in shared memory, so that it takes no registers: a thread reads what it needs.
@@ -137,10 +128,12 @@ struct State {
   int64_t first_sample;  // of those that are searched side by side
   int32_t n_samples;
   Row<T> row;
-  Progress progress;
+  Progress progress[kBlock / 32];  // of the warps
+  int32_t step;                    // from a tile to the next one
   Listed<S> listed;
   int32_t counts[kSamples];  // survivors of each sample
-  int32_t pilot[kPilot];
+  int32_t n_pilot;
+  int32_t pilot[kPilot];         // their places in the list
   S sums[kMaxRanks];             // of the ranks' values, over the samples so far
   int64_t scratch[kBlock / 32];  // of reductions
   Lists<S> lists;
@@ -152,14 +145,17 @@ struct State {
     lists.values = (S*)(l.best_in_shared ? shared + l.best_at : own);
     lists.classes = (int32_t*)(lists.values + l.samples * a.search.k);
     lists.k = (int32_t)a.search.k;
+    const uint64_t seed = (uint64_t)*a.search.seed;
+    const double epsilon = a.search.schedule ? *a.search.schedule : a.search.epsilon;
+    row.key0 = (uint32_t)seed, row.key1 = (uint32_t)(seed >> 32);
+    row.epsilon = (S)epsilon, row.rough_epsilon = bound_epsilon(epsilon);
+    row.first_class = (int32_t)a.search.first_class;
     listed.at = (Contender<S>*)(l.list_in_shared ? shared + l.list_at : own + l.workspace_list);
     listed.capacity = l.capacity;
+    n_pilot = 0;
   }
 
   // What lies behind the state.
-  __device__ __forceinline__ Mask<T>* bits(const Layout& l) {  // [kSlots, team]: hits of a segment of the row
-    return (Mask<T>*)((char*)this + l.bits_at);
-  }
   __device__ __forceinline__ char* keys(const Layout& l) { return (char*)this + l.keys_at; }
   __device__ __forceinline__ Survivor* survivors(const Layout& l,
                                                  int sample) {  // [held]; the keys are not used any more
@@ -182,28 +178,27 @@ __device__ __forceinline__ bool is_ignored(const Search& search, int64_t n) {
 
 int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
-// Tiles of a segment; a tile is what a team loads at a time.
-template <int TEAM>
-constexpr int kSlots = (TEAM == 32 ? 1 : 4) * kSegmentBytes / (TEAM * 16 * kUnroll);
-
 Args arguments(const Search& search, const Gpu& gpu) {
   const int64_t n_rows = search.n_rows, n_classes = search.n_classes;
   Args a{};
   a.search = search;
   a.plan = plan(n_classes, search.k, search.law);
   a.planned = !(search.dense || a.plan.all);
+  // As many as the pilot has exceed this, if scores have an exponential tail.
+  a.pilot_above = logf((float)a.plan.contenders / kPilot);
   a.inverse_l = 1.0f / (float)n_classes;
   a.inverse_b = 1.0 / (double)search.n_sample;
   const int64_t groups = (n_classes + a.plan.group - 1) / a.plan.group;
   a.looked_at = a.planned ? (int32_t)((groups + a.plan.stride - 1) / a.plan.stride) : 0;
   const bool is_double = search.type == ScoreType::kFloat64;
   const int item = search.type == ScoreType::kFloat32 ? 4 : is_double ? 8 : 2, wide = is_double ? 8 : 4;
+  const int resident = is_double ? kResident<double> : kResident<float>;
   Layout& l = a.layout;
   // Short rows take a warp each where there are enough of them to fill the GPU.
   l.team = n_classes <= 2048 && n_rows >= 16 * (int64_t)gpu.processors ? 32 : kBlock;
   l.teams = kBlock / l.team;
   l.parts = 1;
-  if (a.planned && n_rows < kResident * (int64_t)gpu.processors)
+  if (a.planned && n_rows < resident * (int64_t)gpu.processors)
     while (l.parts < kMaxParts && n_rows * l.parts < 16 * (int64_t)gpu.processors && n_classes >= 16384 * l.parts)
       l.parts *= 2;
   const auto capacity_for = [](int64_t contenders) { return (int)((contenders + 63) / 32 * 32); };
@@ -212,7 +207,7 @@ Args arguments(const Search& search, const Gpu& gpu) {
   l.part_capacity = capacity_for(expected * 3 / 2 / l.parts);
   if (l.parts > 1) l.capacity = l.parts * l.part_capacity;
 
-  const int64_t budget_of_block = gpu.shared_memory / kResident - 1024;  // CUDA keeps 1 KB of each block's
+  const int64_t budget_of_block = gpu.shared_memory / resident - 1024;  // CUDA keeps 1 KB of each block's
   const int64_t budget = (budget_of_block < kBlockBudget ? budget_of_block : kBlockBudget) / l.teams;
   int at = 0;
   const auto place = [&at](int64_t bytes) {
@@ -221,8 +216,6 @@ Args arguments(const Search& search, const Gpu& gpu) {
     return start;
   };
   place(is_double ? sizeof(State<double>) : sizeof(State<float>));
-  const int slots = l.team == 32 ? kSlots<32> : kSlots<kBlock>;
-  l.bits_at = place((int64_t)slots * l.team * kUnroll * 16 / item / 8);
   const int64_t entries = search.k * (wide + 4);  // of a sample's list
   l.held = l.team == 32 ? 32 : 64;
   const auto survivors = [&l] { return (int64_t)l.samples * l.held * (int64_t)sizeof(Survivor); };
@@ -236,7 +229,7 @@ Args arguments(const Search& search, const Gpu& gpu) {
   l.list_in_shared = at + aligned(list) <= budget;
   l.list_at = l.list_in_shared ? place(list) : 0;
   l.shared = at;
-  int64_t most = kResident * (int64_t)gpu.processors * l.teams;  // teams at work at a time; each takes many rows
+  int64_t most = resident * (int64_t)gpu.processors * l.teams;  // teams at work at a time; each takes many rows
   const int64_t fit = gpu.cache / (n_classes * item), fewest = kFewest * (int64_t)gpu.processors;
   if (gpu.cache && l.parts == 1 && fit < most) most = fit > fewest ? fit : fewest;
   const int64_t teams = n_rows < 1 ? 1 : n_rows < most ? n_rows : most;

@@ -9,19 +9,21 @@ namespace {
 // The contenders that the parts of a row found into its team's list; a barrier, too.
 template <int TEAM, class T, class S>
 __device__ void gather(const Args& a, const Parts<S>& parts, State<T>& state) {
-  Found<S> found{0, (S)0, false};
+  auto& listed = state.listed;
+  Found<S> found{(S)0, false};
+  int n = 0;
   for (int part = 0; part < a.layout.parts; ++part) {
     const int count = parts.counts[part];
 #pragma unroll 1
     for (int i = Team<TEAM>::rank(); i < count; i += TEAM) {
       const Contender<S> c = parts.list[(int64_t)part * a.layout.part_capacity + i];
-      state.listed.at[found.n + i] = c;
+      listed.at[n + i] = c;
       found.look_at(c.score, state.row.cut);
     }
-    found.n += count;
+    n += count;
   }
-  publish<TEAM>(found, true, state.listed, state.scratch);
-  Team<TEAM>::sync();
+  if (Team<TEAM>::rank() == 0) listed.found = n, listed.whole = true;
+  end_list<TEAM>(found, listed);
 }
 
 // Writes the whole lists of some samples; NaN and -2 in a row with a NaN.
@@ -106,19 +108,6 @@ __device__ __forceinline__ Scores<T> scores_of(const Search& p, int64_t n) {
   return {(const T*)p.scores + n * p.row_stride, p.class_stride, p.n_classes};
 }
 
-template <class T>
-__device__ Row<T> row_of(const Search& p, int64_t n) {
-  const uint64_t seed = (uint64_t)*p.seed;
-  const double epsilon = p.schedule ? *p.schedule : p.epsilon;
-  Row<T> row{};
-  row.scores = scores_of<T>(p, n);
-  row.cut = -infinity<ArithmeticOf<T>>();
-  row.number = (uint32_t)(p.first_row + n), row.key0 = (uint32_t)seed, row.key1 = (uint32_t)(seed >> 32);
-  row.first_class = (int32_t)p.first_class;
-  row.epsilon = (ArithmeticOf<T>)epsilon, row.rough_epsilon = bound_epsilon(epsilon);
-  return row;
-}
-
 // Starts the row's list of contenders: from its parts, or at its first tile. A barrier, too.
 template <int TEAM, class T>
 __device__ void start_contenders(const Args& a, State<T>& state) {
@@ -130,26 +119,35 @@ __device__ void start_contenders(const Args& a, State<T>& state) {
   for (int part = 0; in_parts && part < a.layout.parts; ++part) in_parts = parts.counts[part] >= 0;
   if (Threads::rank() == 0) {
     state.row.cut = cut;
-    state.listed.whole = false;
+    state.listed.nan = state.listed.whole = false;
   }
   Threads::sync();
   if (in_parts) gather<TEAM>(a, parts, state);
 }
 
-// Lists the next contenders, or all of them from -inf on where the walk over the others might find too few.
+// Lists the first or next contenders, or all of them from -inf on where the walk over the others might find too few.
 template <int TEAM, class T>
-__device__ void next_contenders(const Args& a, State<T>& state) {
+__device__ void next_contenders(const Args& a, State<T>& state, bool first) {
   using Threads = Team<TEAM>;
   using S = ArithmeticOf<T>;
+  auto& listed = state.listed;
   for (;;) {
-    if (!state.listed.whole)
-      collect<TEAM>(state.row, state.bits(a.layout), state.progress, state.listed, state.scratch);
-    if (!state.listed.whole || state.listed.n >= a.search.k || state.row.cut == -infinity<S>()) return;
+    bool whole = listed.whole;
+    if (!whole) {
+      if (!first) {
+        if (Threads::rank() == 0) listed.found = 0;
+        Threads::sync();
+      }
+      collect<TEAM>(state);
+      whole = first && listed.is_last();
+      if (Threads::rank() == 0) listed.whole = whole;
+    }
+    if (!whole || listed.found >= a.search.k || state.row.cut == -infinity<S>()) return;
     if (!finite_are_fewer<TEAM>(state.row.scores, a.plan.contenders, state.scratch)) return;
     Threads::sync();
     if (Threads::rank() == 0) {
       state.row.cut = -infinity<S>();
-      start_pass<TEAM>(a, state, 0, 1);
+      start_pass(state, 0, 1);
     }
     Threads::sync();
   }
@@ -162,10 +160,10 @@ __device__ void search_samples(const Args& a, State<T>& state) {
   using S = ArithmeticOf<T>;
 #pragma unroll 1
   for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps) state.lists.clear(b);
-  for (bool last = false; !last;) {
-    next_contenders<TEAM>(a, state);
+  for (bool first = true, last = false; !last; first = false) {
+    next_contenders<TEAM>(a, state, first);
     if (state.listed.nan) return;
-    last = state.listed.whole || state.progress.over();
+    last = state.listed.is_last();
     draw<L, TEAM>(a, state, last);
   }
 #pragma unroll 1
@@ -184,7 +182,10 @@ template <class L, int TEAM, class T>
 __device__ void search_row(const Args& a, State<T>& state) {
   using Threads = Team<TEAM>;
   const Search& p = a.search;
-  if (Threads::rank() == 0) state.row = row_of<T>(p, state.n), state.first_sample = 0, state.n_samples = 0;
+  if (Threads::rank() == 0) {
+    state.row.scores = scores_of<T>(p, state.n), state.row.number = (uint32_t)(p.first_row + state.n);
+    state.first_sample = 0, state.n_samples = 0;
+  }
   Threads::sync();
   start_contenders<TEAM>(a, state);
 #pragma unroll 1
@@ -195,7 +196,7 @@ __device__ void search_row(const Args& a, State<T>& state) {
       const int64_t left = p.n_sample - state.first_sample;
       state.n_samples = left < a.layout.samples ? (int32_t)left : a.layout.samples;
       state.reach = -infinity<ArithmeticOf<T>>();
-      if (!state.listed.whole) start_pass<TEAM>(a, state, 0, 1);
+      if (!state.listed.whole) start_pass(state, 0, 1);
     }
     Threads::sync();
     if (state.n_samples == 0) break;

@@ -260,6 +260,8 @@ inline int atomicAdd(int* at, int x) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
 extern "C" inline __attribute__((used)) const char* simt_error() { return simt::error().c_str(); }
 extern "C" inline __attribute__((used)) void simt_start(uint64_t seed) {

@@ -683,13 +683,13 @@ def test_a_strided_gradient_comes_on_a_device(strided):
 
 BUGS = {  # in the source, and how they show: as an error of the model or as wrong bits
     "no barrier after the collection": (
-        "at.taken += wanted;\n    Threads::sync();",
-        "at.taken += wanted;",
+        "if (found.nan) listed.nan = true;\n  Team<TEAM>::sync();",
+        "if (found.nan) listed.nan = true;",
         None,
     ),
-    "no barrier before the hits of the warps are added": (
-        "scratch[Threads::warp()] = up_to;\n    Threads::sync();",
-        "scratch[Threads::warp()] = up_to;",
+    "hits that an earlier list has are listed again": (
+        "at = full ? Progress{at.tile, at.taken + wanted}",
+        "at = full ? Progress{at.tile, at.taken}",
         None,
     ),
     "no barrier before the targets' places are read": (
@@ -708,15 +708,19 @@ BUGS = {  # in the source, and how they show: as an error of the model or as wro
         "leaves it out|wrong mask",
     ),
     "an entry too far": ("place >= 0 && place < wanted", "place >= 0 && place <= wanted", None),
-    "places after those of the thread": ("int before = up_to - count;", "int before = up_to;", None),
+    "places after those of the lanes": (
+        "before + __popc(lanes & lanes_before())",
+        "before + __popc(lanes)",
+        None,
+    ),
     "the last score of a vector left out": (
         "for (int i = 0; i < W; ++i) {\n    const int bit",
         "for (int i = 0; i + 1 < W; ++i) {\n    const int bit",
         None,
     ),
-    "the contender that was in front is lost": (
-        "list[lane] = list[other], list[other] = low;",
-        "list[lane] = list[other];",
+    "a bound that only the best of the pilot attain": (
+        "for (int left = k; left > 0;)",
+        "for (int left = 1; left > 0;)",
         None,
     ),
 }
@@ -828,7 +832,7 @@ def test_sanitizers_see_an_entry_too_far(tmp_path):
 @pytest.mark.skipif("triton" not in available_backends("cuda"), reason="NVIDIA's disassembler comes with Triton")
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_compiled_for_gpus_within_the_budget():
-    """No spills, 64 registers, 16-byte loads and stores, and in PTX no fused or approximate step."""
+    """No spills, 64 registers or 72 for float64, 16-byte loads and stores, and in PTX no fused or approximate step."""
     command = [sys.executable, "-m", "benchmarks.cuda_static", "--quick"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -837,7 +841,8 @@ def test_compiled_for_gpus_within_the_budget():
     # architectures; dtypes, kernels: searches by law and team, and the others; the link's two types
     assert len(facts) == 3 * (4 * (2 * 2 + 3) + 2)
     for row in facts:
-        assert row["registers"] <= 64 and row["spill_bytes"] == 0 and row["stack_bytes"] == 0, row
+        most = 72 if "double" in row["kernel"] else 64
+        assert row["registers"] <= most and row["spill_bytes"] == 0 and row["stack_bytes"] == 0, row
         assert row["forbidden"] == [] or row["kernel"].startswith("link"), (
             row
         )  # whose softplus has CUDA's exp and log1p
