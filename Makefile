@@ -74,6 +74,7 @@ bench: build
 bench-full: export COMMIT := $(shell git describe --always --dirty 2>/dev/null)
 bench-full: export OMP_NUM_THREADS := 1
 bench-full: build
+	$(PYTHON) -m examples.all_species --memory-only --out benchmarks/results/all_species_memory.json
 	$(PYTHON) -m examples.all_species --save-logits data/species_logits.pt --out benchmarks/results/all_species.json
 	$(PYTHON) -m benchmarks.loss
 	$(PYTHON) -m benchmarks.linear

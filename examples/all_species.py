@@ -4,6 +4,7 @@ Trains one network under linear + cross-entropy, and under linear losses whose w
 SparseAdam: the sampled cross-entropy, and the noised top-K loss. Prints time, memory and accuracy of all.
 
     python -m examples.all_species                                                # all three, one process
+    python -m examples.all_species --memory-only                                  # which needs no idle machine
     torchrun --nproc-per-node 2 -m examples.all_species --losses sampled topk     # the classes over two processes
 
 With `--sampler dense --seed 0`, any number of processes computes the losses of one except for rounding, as the JSON
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from examples.data_sets import species
 from examples.data_sets.dataset import Dataset, shuffle_within_classes
 from examples.data_sets.debian import PackageUnavailable
-from examples.machine import PeakMemory, environment
+from examples.machine import environment, measure_peak
 from examples.report import table
 from examples.training import take_steps
 from topk_fast import BalNoisedTopK, LinearHead, SampledCrossEntropy
@@ -42,7 +43,7 @@ LOSSES = ("cross-entropy", "sampled", "topk")
 # Of the hidden layer and of the classifier. By hand, for the best top-5 on validation rows (--validation), from ten
 # settings or more of each loss: the same are best for all three. So was epsilon of the top-K loss.
 LEARNING_RATES = (5e-5, 1e-2)
-COST, ACCURACY = ("ms a step", "CPU ms a step", "peak MiB"), ("top-1", "top-5", "top-10")
+COST, ACCURACY = ("ms a step", "CPU ms a step", "MiB a step"), ("top-1", "top-5", "top-10")
 
 
 class LinearCrossEntropy(nn.Linear):
@@ -55,11 +56,10 @@ class LinearCrossEntropy(nn.Linear):
         return super().forward(input).topk(k)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", choices=LOSSES, nargs="+", default=LOSSES)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--steps", type=int, help="stop each training after this many")
     parser.add_argument("--epsilon", type=float, default=5.0, help="of the top-K loss")
     parser.add_argument("--lr", type=float, nargs=2, default=LEARNING_RATES, help="hidden layer's and classifier's")
     parser.add_argument("--sampler", choices=["thinned", "dense"], default="thinned")
@@ -67,10 +67,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--validation", action="store_true", help="measure on a part of the training rows, to choose by"
     )
+    parser.add_argument("--memory-only", action="store_true", help="two steps of each loss: neither times nor accuracy")
     parser.add_argument("--save-logits", type=Path, help="file for logits of test rows, on which benchmarks can run")
     parser.add_argument("--cache", type=Path, default=ROOT / "data", help="folder of downloaded and parsed data")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "all_species.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.save_logits and "cross-entropy" not in args.losses:
         parser.error("--save-logits saves those of cross-entropy, which --losses leaves out")
     if "RANK" in os.environ and "cross-entropy" in args.losses:
@@ -99,10 +100,8 @@ def make_head(name: str, n_classes: int, args: argparse.Namespace, group) -> nn.
     return LinearHead(HIDDEN, n_classes, criterion, bias=False, sparse_grad=True, process_group=group)
 
 
-def train(
-    name: str, data: Dataset, rows: Tensor, args: argparse.Namespace, group, memory: PeakMemory
-) -> tuple[nn.Module, nn.Module, dict]:
-    """The trained hidden layer and classifier, and the losses, times and peak memory of training."""
+def train(name: str, data: Dataset, rows: Tensor, args: argparse.Namespace, group) -> tuple[nn.Module, nn.Module, dict]:
+    """The trained hidden layer and classifier, and the losses, memory and times of the steps."""
     torch.manual_seed(args.seed)
     hidden = nn.Sequential(nn.Linear(data.inputs.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.5))
     head, (lr, lr_head) = make_head(name, len(data.classes), args, group), args.lr
@@ -114,22 +113,21 @@ def train(
         batch = rows[numbers]
         return head(hidden(features(data, batch)), target[batch])
 
-    total = min(args.epochs * -(-len(rows) // BATCH), args.steps or sys.maxsize)
-    steps, losses = islice(take_steps(loss_of, len(rows), BATCH, optimizers), total), []
-    memory.reset()
+    steps, losses = take_steps(loss_of, len(rows), BATCH, optimizers), []
+    losses.append(next(steps))  # which makes the optimizers' state
+    found = {"losses": losses, "MiB a step": measure_peak(lambda: losses.append(next(steps))) / 2**20}
+    if args.memory_only:
+        return hidden, head, found
+    n_steps = args.epochs * -(-len(rows) // BATCH) - len(losses)
     start, spent = time.perf_counter(), time.process_time()
     quiet = True if group is not None and group.rank() > 0 else None  # None: where the output is no terminal
-    with tqdm(steps, name, total, unit="step", disable=quiet) as bar:
+    with tqdm(islice(steps, n_steps), name, n_steps, unit="step", disable=quiet) as bar:
         for loss in bar:
-            losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    peak = memory.peak()
-    took = {
-        "ms a step": 1e3 * (time.perf_counter() - start) / total,
-        "CPU ms a step": 1e3 * (time.process_time() - spent) / total,
-        "peak MiB": None if peak is None else peak / 2**20,
-    }
-    return hidden.eval(), head, {"losses": losses} | took
+            losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    found["ms a step"] = 1e3 * (time.perf_counter() - start) / n_steps
+    found["CPU ms a step"] = 1e3 * (time.process_time() - spent) / n_steps
+    return hidden.eval(), head, found
 
 
 @torch.no_grad()
@@ -162,12 +160,13 @@ def compare(args: argparse.Namespace, group=None) -> dict:
     if talks:
         print(f"{facts['rows']:,} rows of {facts['classes']:,} species, {facts['seen once']:.0%} of them seen once")
     result = facts | {"processes": 1 if group is None else group.size(), "losses": {}}
-    memory = PeakMemory()
     for name in args.losses:
-        hidden, head, took = train(name, data, train_rows, args, group, memory)
-        result["losses"][name] = took | accuracy(hidden, head, data, test_rows)
+        hidden, head, found = train(name, data, train_rows, args, group)
+        if not args.memory_only:
+            found |= accuracy(hidden, head, data, test_rows)
+        result["losses"][name] = found
         if talks:
-            print(f"{name}: {len(took['losses'])} steps of {took['ms a step']:.0f} ms", flush=True)
+            print(f"{name}: " + ", ".join(f"{found[key]:.0f} {key}" for key in COST if key in found), flush=True)
         if args.save_logits and name == "cross-entropy":
             drawn = torch.randperm(len(test_rows), generator=torch.Generator().manual_seed(0))[:LOGIT_ROWS]
             save_logits(args.save_logits, hidden, head, data, test_rows[drawn])
@@ -176,7 +175,8 @@ def compare(args: argparse.Namespace, group=None) -> dict:
 
 
 def show(result: dict) -> None:
-    print(f"\nTraining, {torch.get_num_threads()} threads a process:")
+    print(f"\nA training step, {torch.get_num_threads()} threads a process. Memory is what the step takes at its peak,")
+    print("beyond what weights, optimizers' state and data hold:")
     print(table({name: {c: row[c] for c in COST} for name, row in result["losses"].items()}, unit=1))
     print(f"\nAccuracy on the {result['test rows']:,} test rows, in percent:")
     print(table({name: {c: row[c] for c in ACCURACY} for name, row in result["losses"].items()}))
@@ -193,7 +193,8 @@ def main() -> None:
     except PackageUnavailable as error:
         sys.exit(f"error: {error}")
     if group is None or group.rank() == 0:
-        show(result)
+        if not args.memory_only:
+            show(result)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"\nfigures: {args.out}")

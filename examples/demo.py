@@ -34,8 +34,7 @@ from examples.training import fit_best_epoch, make_model
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("top-1", "top-5", "top-20", "macro top-5")
-HEAD_LOSSES, HEAD_EPOCHS = ("cross-entropy", "sampled"), 2
-HEAD = {"steps": None, "epsilon": None, "sampler": "thinned", "validation": False, "save_logits": None}
+HEAD = "--losses cross-entropy sampled --epochs 2".split()
 BATCH = 512
 SHOWN = 6  # inputs whose guesses are printed
 # Readings of several words, and species with close relatives; those are shown of which a test row is at hand.
@@ -107,9 +106,7 @@ def show(task: Task, result: dict) -> None:
 def main() -> None:
     args = arguments()
     start = time.perf_counter()
-    head_args = argparse.Namespace(
-        losses=HEAD_LOSSES, epochs=HEAD_EPOCHS, lr=all_species.LEARNING_RATES, cache=args.cache, seed=args.seed, **HEAD
-    )
+    head_args = all_species.arguments([*HEAD, "--cache", str(args.cache), "--seed", str(args.seed)])
     try:
         data = (kanji if args.data == "kanji" else species).load(args.cache)
         task = load(args.data, args.cache)

@@ -1,7 +1,8 @@
-"""What a figure was measured with: hardware, versions, commit and command; and the peak of a process's memory."""
+"""What a figure was measured with: hardware, versions, commit and command; and the peaks of memory."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -9,12 +10,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import topk_fast
 
@@ -64,6 +69,26 @@ def _output(command: str) -> str:
     if shutil.which(words[0]) is None:
         return "unknown"
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def measure_peak(step: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that torch's allocator has given out at the peak of a step, beyond those that it had before the step.
+
+    Run the step once before: first calls load libraries, compile, and make what later steps keep.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler logs that it starts and stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiled.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
 
 
 class PeakMemory:

@@ -30,13 +30,13 @@ def draw(result: dict, path: Path) -> None:
         left.grid(alpha=0.3)
         left.legend(frameon=False, loc="lower right")
         _bars(middle, result["head"]["losses"], "ms a step")
-        _bars(right, result["head"]["losses"], "peak MiB")
+        _bars(right, result["head"]["losses"], "MiB a step")
         figure.suptitle(f"right: a head over {result['head']['classes']:,} species", x=1, ha="right")
         figure.savefig(path, dpi=150, facecolor="white")
         plt.close(figure)
 
 
 def _bars(axes: Axes, losses: dict[str, dict], column: str) -> None:
-    bars = axes.bar(list(losses), [row[column] or 0 for row in losses.values()], color=[c for c, _ in STYLES])
+    bars = axes.bar(list(losses), [row[column] for row in losses.values()], color=[c for c, _ in STYLES])
     axes.bar_label(bars, fmt="%.0f")
     axes.set(title=column)

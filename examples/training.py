@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def take_steps(
     loss_of: Callable[[Tensor], Tensor], n_rows: int, batch: int, optimizers: Sequence[torch.optim.Optimizer]
-) -> Iterator[Tensor]:
+) -> Iterator[float]:
     """Trains without end, one step for each loss that is asked for; every epoch has the rows in a new order.
 
     Args:
@@ -27,18 +27,21 @@ def take_steps(
     """
     while True:
         for rows in torch.randperm(n_rows).split(batch):
-            loss = loss_of(rows)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            yield loss.detach()
+            yield _take_step(loss_of(rows), optimizers)
+
+
+def _take_step(loss: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> float:
+    """One step, after which neither graph nor gradients take memory."""
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
 
 
 def train_epochs(
     loss_of: Callable[[Tensor], Tensor], n_rows: int, batch: int, epochs: int, optimizer: torch.optim.Optimizer
-) -> Iterator[Tensor]:
+) -> Iterator[float]:
     """Trains for `epochs`, while the learning rate falls to 0 along a half cosine, and yields the loss of each step."""
     steps = epochs * -(-n_rows // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

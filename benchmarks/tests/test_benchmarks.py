@@ -21,6 +21,7 @@ from benchmarks.memory import measure_peak
 from benchmarks.peers import PEERS
 from benchmarks.study import tables as study_tables
 from examples.machine import environment
+from examples.machine import measure_peak as measure_peak_of_step
 
 CASE = Case(64, 100, n_sample=5)
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
@@ -232,6 +233,18 @@ def test_quartiles():
 
 
 # Memory
+
+
+def test_a_peak_counts_what_a_step_takes_and_gives_back():
+    """And neither what it finds, nor that which was given back before more was taken."""
+    found = torch.ones(2**18)  # of a MiB
+
+    def step():
+        found.add(1)
+        kept = found + 1
+        return (kept * 2).exp()  # three MiB at a time, the peak, of which one stays
+
+    assert measure_peak_of_step(step) == 3 * 2**20
 
 
 @NEEDS_PROC

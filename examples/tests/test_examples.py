@@ -261,7 +261,7 @@ def test_steps_visit_all_rows_in_each_epoch_and_stop_when_no_loss_is_asked_for()
     epochs = [sum(seen[:3], []), sum(seen[3:6], [])]
     assert [len(rows) for rows in seen] == [4, 4, 2, 4, 4, 2, 4]
     assert epochs[0] != epochs[1] and all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert [loss.item() for loss in losses[:3]] == [4, 4 - 4.5, 2 - 9]  # each step takes 1.5 from each of three sums
+    assert losses[:3] == [4, 4 - 4.5, 2 - 9]  # each step takes 1.5 from each of three sums
     assert (weights[0] == -7).all() and (weights[1] == -3.5).all()
 
 
@@ -315,7 +315,7 @@ def test_the_demo_reports_every_loss_and_draws(run_demo, tmp_path, capsys):
     for guesses in result["guesses"].values():
         assert 1 <= len(guesses) <= demo.SHOWN and set(guesses) <= set(demo.ASKED["kanji"])
         assert all(len(five) == 5 for five in guesses.values())
-    assert set(result["head"]["losses"]) == set(demo.HEAD_LOSSES)
+    assert set(result["head"]["losses"]) == {"cross-entropy", "sampled"}
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr()
     assert "macro top-5" in printed.out and "*" in printed.out
@@ -361,7 +361,7 @@ def test_all_species_in_one_process_and_in_two(tmp_path):
     both, printed = run_all_species(tmp_path, "both")
     for name, row in both["losses"].items():
         assert row["top-5"] > 0.3 and row["losses"][-1] < row["losses"][0], name  # by chance 5 of 31
-        assert len(row["losses"]) == 6 and row["ms a step"] > 0 and name in printed
+        assert len(row["losses"]) == 6 and min(row["ms a step"], row["MiB a step"]) > 0 and name in printed
     options = ("--losses", "sampled", "topk", "--sampler", "dense")
     one, _ = run_all_species(tmp_path, "one", *options)
     two, _ = run_all_species(tmp_path, "two", *options, processes=2)
