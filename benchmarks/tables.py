@@ -145,18 +145,22 @@ def linear_table() -> str:
 
 def head_table() -> str:
     """The head over all species: what a training step takes, with its ratio to cross-entropy, and the accuracy."""
-    report = result("all_species")
+    report, memory = result("all_species"), result("all_species_memory")
+    peaks = {name: found["MiB a step"] for name, found in memory["losses"].items()}
     names = {"cross-entropy": PLAIN, "sampled": "sampled cross-entropy, B = 16", "topk": "noised top-5, B = 5"}
     plain, rows = report["losses"]["cross-entropy"], []
     for name, found in report["losses"].items():
         cells = [with_ratio(found[key], "ms", plain[key]) for key in ("ms a step", "CPU ms a step")]
+        cells.append(with_ratio(peaks[name], "MiB", peaks["cross-entropy"]))
         rows.append([names[name], *cells, *(f"{100 * found[f'top-{k}']:.1f}" for k in (1, 5, 10))])
     note = (
         f"{report['classes']} species, {report['rows'] - report['test rows']} training rows, {len(plain['losses'])} "
         "steps of 256 rows, with the reading of the data and the optimizers; 256 features; the weight's gradient of "
-        "the last two is sparse. Accuracy in percent of the test rows, one seed. In brackets the ratio to the first."
+        "the last two is sparse. Memory is what a step takes at its peak beyond what weights, optimizers' state and "
+        f"data hold (commit {memory['environment']['commit']}). Accuracy in percent of the test rows, one seed. In "
+        "brackets the ratio to the first."
     )
-    head = ["", "time a step", "CPU time a step", "top-1", "top-5", "top-10"]
+    head = ["", "time a step", "CPU time a step", "memory of a step", "top-1", "top-5", "top-10"]
     return show(head, rows, note, report)
 
 
