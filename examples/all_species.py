@@ -11,12 +11,8 @@ With `--sampler dense --seed 0`, any number of processes computes the losses of 
 files show. Each process sees the same batches: the classifier is sharded, not the data.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 import os
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -29,9 +25,9 @@ from tqdm import tqdm
 
 from examples.data_sets import species
 from examples.data_sets.dataset import Dataset, shuffle_within_classes
-from examples.data_sets.debian import PackageUnavailable
 from examples.machine import environment, measure_peak
-from examples.report import table
+from examples.networks import LinearCrossEntropy
+from examples.report import table, write_json
 from examples.training import take_steps
 from topk_fast import BalNoisedTopK, LinearHead, SampledCrossEntropy
 
@@ -44,16 +40,6 @@ LOSSES = ("cross-entropy", "sampled", "topk")
 # settings or more of each loss: the same are best for all three. So was epsilon of the top-K loss.
 LEARNING_RATES = (5e-5, 1e-2)
 COST, ACCURACY = ("ms a step", "CPU ms a step", "MiB a step"), ("top-1", "top-5", "top-10")
-
-
-class LinearCrossEntropy(nn.Linear):
-    """The plain form, which computes all logits and then their cross-entropy."""
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(super().forward(input), target)
-
-    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return super().forward(input).topk(k)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -188,15 +174,11 @@ def main() -> None:
     if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("gloo")
         group = dist.group.WORLD
-    try:
-        result = {"environment": environment()} | compare(args, group)
-    except PackageUnavailable as error:
-        sys.exit(f"error: {error}")
+    result = {"environment": environment()} | compare(args, group)
     if group is None or group.rank() == 0:
         if not args.memory_only:
             show(result)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
         print(f"\nfigures: {args.out}")
     if group is not None:
         dist.barrier()

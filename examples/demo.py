@@ -8,11 +8,7 @@
     python -m examples.demo
 """
 
-from __future__ import annotations
-
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -23,12 +19,11 @@ from tqdm import tqdm
 from examples import all_species
 from examples.data_sets import kanji, species
 from examples.data_sets.dataset import Dataset
-from examples.data_sets.debian import PackageUnavailable
 from examples.evaluation import curve, ranks_of, summarize
 from examples.losses import CROSS_ENTROPY, LOSSES, SOFTPLUS, chosen_settings
 from examples.machine import environment
 from examples.plot import draw
-from examples.report import table
+from examples.report import table, write_json
 from examples.tasks import Task, load
 from examples.training import fit_best_epoch, make_model
 
@@ -107,25 +102,21 @@ def main() -> None:
     args = arguments()
     start = time.perf_counter()
     head_args = all_species.arguments([*HEAD, "--cache", str(args.cache), "--seed", str(args.seed)])
-    try:
-        data = (kanji if args.data == "kanji" else species).load(args.cache)
-        task = load(args.data, args.cache)
-        rows = len(task.parts["train"][1])
-        print(
-            f"{task.name}: {rows:,} training rows of {task.classes:,} classes; {data.ambiguous_share():.0%} of the "
-            "rows share their input with another class"
-        )
-        result = {"environment": environment(), "data": task.name} | compare(task, data, args)
-        show(task, result)
-        print("\nA head over every named species:")
-        result["head"] = all_species.compare(head_args)
-    except PackageUnavailable as error:
-        sys.exit(f"error: {error}")
+    data = (kanji if args.data == "kanji" else species).load(args.cache)
+    task = load(args.data, args.cache)
+    rows = len(task.parts["train"][1])
+    print(
+        f"{task.name}: {rows:,} training rows of {task.classes:,} classes; {data.ambiguous_share():.0%} of the rows "
+        "share their input with another class"
+    )
+    result = {"environment": environment(), "data": task.name} | compare(task, data, args)
+    show(task, result)
+    print("\nA head over every named species:")
+    result["head"] = all_species.compare(head_args)
     all_species.show(result["head"])
     result["seconds"] = round(time.perf_counter() - start, 1)
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"demo{'' if args.data == 'kanji' else '_' + args.data}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, result)
     draw(result, path.with_suffix(".png"))
     print(f"\nplot: {path.with_suffix('.png')}\nfigures: {path}, after {result['seconds']:.0f} s")
 

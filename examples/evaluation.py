@@ -1,15 +1,11 @@
 """Accuracies of a model on the rows of a task."""
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from examples.tasks import Task
+from examples.data_sets.dataset import Task
 
 TOPS = (1, 5, 10, 20)
 SHOTS = {"few": (1, 5), "medium": (5, 15), "many": (15, sys.maxsize)}  # training rows of a class, end excluded

@@ -1,7 +1,5 @@
 """The language model, the losses under which it is compared, and its training and exact perplexity."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator
@@ -16,42 +14,25 @@ from tqdm import tqdm, trange
 
 from examples.data_sets.dictionary import Text
 from examples.machine import PeakMemory
+from examples.networks import LinearCrossEntropy
 from topk_fast import LinearHead, SampledCrossEntropy
 
 WIDTH = 128  # of the embedding and of the state
 SEQUENCES, LENGTH = 16, 32  # words of a step
 VALIDATION = 32 * SEQUENCES * LENGTH  # words on which the learning curves are measured
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss and what validation chose for it."""
-
-    n_sample: int | None  # None: the cross-entropy of all logits
-    lr: float
-    eps: float  # AdamW's, and SparseAdam's
-    sparse: bool = False  # the head's gradient, for SparseAdam
+SAMPLES = {"cross-entropy": None} | {f"sampled, B = {b}": b for b in (1, 5, 16, 64)}  # None: all logits
+SPARSE = "sampled, B = 16, sparse_grad"
+LOSSES = (*SAMPLES, SPARSE)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training."""
+    """One training, with the learning rate and eps of AdamW and of SparseAdam."""
 
-    name: str  # of the loss
-    loss: Loss
+    loss: str
     seed: int
-    steps: int
-    evaluations: int  # points of the learning curve
-
-
-class LinearCrossEntropy(nn.Linear):
-    """The plain form, which computes all logits and then their cross-entropy."""
-
-    def forward(self, features: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.logits(features), target)
-
-    def logits(self, features: Tensor) -> Tensor:
-        return super().forward(features)
+    lr: float
+    eps: float
 
 
 class Body(nn.Module):
@@ -68,19 +49,19 @@ class Body(nn.Module):
         return features.flatten(0, 1), state.detach()
 
 
-def make_head(loss: Loss, n_words: int) -> nn.Module:
-    if loss.n_sample is None:
+def make_head(loss: str, n_words: int) -> nn.Module:
+    n_sample = SAMPLES[loss.removesuffix(", sparse_grad")]
+    if n_sample is None:
         return LinearCrossEntropy(WIDTH, n_words)
-    return LinearHead(WIDTH, n_words, SampledCrossEntropy(loss.n_sample), sparse_grad=loss.sparse)
+    return LinearHead(WIDTH, n_words, SampledCrossEntropy(n_sample), sparse_grad=loss == SPARSE)
 
 
-def make_optimizers(loss: Loss, body: nn.Module, head: nn.Module) -> list[torch.optim.Optimizer]:
+def make_optimizers(run: Run, body: nn.Module, head: nn.Module) -> list[torch.optim.Optimizer]:
     """AdamW for everything; SparseAdam for a head with sparse gradients."""
-    dense = [*body.parameters()] if loss.sparse else [*body.parameters(), *head.parameters()]
-    optimizers = [torch.optim.AdamW(dense, loss.lr, eps=loss.eps, fused=True)]
-    if loss.sparse:
-        optimizers.append(torch.optim.SparseAdam(head.parameters(), loss.lr, eps=loss.eps))
-    return optimizers
+    sparse = [*head.parameters()] if run.loss == SPARSE else []
+    dense = [*body.parameters()] if sparse else [*body.parameters(), *head.parameters()]
+    optimizers = [torch.optim.AdamW(dense, run.lr, eps=run.eps, fused=True)]
+    return optimizers + ([torch.optim.SparseAdam(sparse, run.lr, eps=run.eps)] if sparse else [])
 
 
 def batches(words: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
@@ -106,57 +87,45 @@ def perplexity(body: nn.Module, head: nn.Module, words: np.ndarray) -> float:
     return math.exp(total / n_words)
 
 
-def clock() -> np.ndarray:
-    """Seconds of this process's CPU time and of wall time."""
-    return np.array([time.process_time(), time.perf_counter()])
-
-
 class Training:
-    """A model that reads the training text from a random place on, and the time of each step."""
+    """A model that reads the training text from a random place on, and the CPU time of each step."""
 
-    def __init__(self, run: Run, text: Text):
+    def __init__(self, run: Run, text: Text, steps: int):
         torch.manual_seed(run.seed)
-        loss, n_words = run.loss, len(text.words)
-        self.body, self.head = Body(n_words), make_head(loss, n_words)
-        self.optimizers = make_optimizers(loss, self.body, self.head)
+        self.body, self.head = Body(len(text.words)), make_head(run.loss, len(text.words))
+        self.optimizers = make_optimizers(run, self.body, self.head)
         self.schedules = [
-            OneCycleLR(optimizer, loss.lr, run.steps, pct_start=0.1, cycle_momentum=False)
-            for optimizer in self.optimizers
+            OneCycleLR(optimizer, run.lr, steps, pct_start=0.1, cycle_momentum=False) for optimizer in self.optimizers
         ]
         start = np.random.default_rng(run.seed).integers(len(text.train))
         words = np.roll(text.train, -start)
         self.batches, self.state = chain.from_iterable(batches(words) for _ in count()), None
-        self.seconds: list[list[np.ndarray]] = []  # of each step and of its head and loss
+        self.seconds: list[tuple[float, float]] = []  # of each step and of its head and loss
 
     def step(self) -> float:
         """One step of truncated back-propagation, whose state comes from the step before; returns the loss."""
         words, target = next(self.batches)
-        start = clock()
+        start = time.process_time()
         output, self.state = self.body(words, self.state)
         features = output.detach().requires_grad_()  # the backward pass stops here, so that the head is timed apart
-        head_start = clock()
+        head_start = time.process_time()
         loss = self.head(features, target)
         loss.backward()
-        head_end = clock()
+        head_end = time.process_time()
         output.backward(features.grad)
         for optimizer, schedule in zip(self.optimizers, self.schedules):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        self.seconds.append([clock() - start, head_end - head_start])
+        self.seconds.append((time.process_time() - start, head_end - head_start))
         return float(loss.detach())
 
-    def median_times(self) -> dict[str, float]:
-        """Milliseconds of a step and, as a part of it, of head and loss, forward and backward."""
-        (cpu, wall), (head_cpu, head_wall) = (1e3 * np.median(self.seconds, axis=0)).tolist()
-        return {"CPU ms a step": cpu, "CPU ms of head": head_cpu, "ms a step": wall, "ms of head": head_wall}
 
-
-def train(run: Run, text: Text, memory: PeakMemory) -> tuple[nn.Module, nn.Module, dict]:
-    """The trained body and head, and the learning curve and peak memory of training."""
-    training, curve, peaks = Training(run, text), [], []
-    with tqdm(total=run.steps, desc=f"{run.name}, seed {run.seed}", unit="step") as bar:
-        for stop in np.linspace(0, run.steps, run.evaluations + 1).round().astype(int)[1:]:
+def train(run: Run, text: Text, steps: int, evaluations: int, memory: PeakMemory) -> tuple[Training, dict]:
+    """A training that ended, and its learning curve of so many evaluations and peak memory."""
+    training, curve, peaks = Training(run, text, steps), [], []
+    with tqdm(total=steps, desc=f"{run.loss}, seed {run.seed}", unit="step") as bar:
+        for stop in np.linspace(0, steps, evaluations + 1).round().astype(int)[1:]:
             memory.reset()
             while bar.n < stop:
                 bar.set_postfix(loss=f"{training.step():.3f}", refresh=False)
@@ -165,13 +134,17 @@ def train(run: Run, text: Text, memory: PeakMemory) -> tuple[nn.Module, nn.Modul
             found = perplexity(training.body, training.head, text.val[:VALIDATION])
             curve.append({"step": int(stop), "validation perplexity": found})
     peak = None if None in peaks else max(peaks) / 2**20
-    return training.body, training.head, {"curve": curve, "peak MiB": peak}
+    return training, {"curve": curve, "peak MiB": peak}
 
 
-def time_steps(losses: dict[str, Loss], text: Text, rounds: int) -> dict[str, dict[str, float]]:
-    """The times of each loss, from one step of each in turn, so that other load of the machine slows all alike."""
-    trainings = {name: Training(Run(name, loss, 0, rounds, 1), text) for name, loss in losses.items()}
+def time_steps(runs: list[Run], text: Text, rounds: int) -> dict[str, dict[str, float]]:
+    """By loss, the median milliseconds of a step and, as a part of it, of head and loss, forward and backward.
+
+    Each run takes one step in turn, so that other load of the machine slows all alike.
+    """
+    trainings = {run.loss: Training(run, text, rounds) for run in runs}
     for _ in trange(rounds, desc="timing", unit="round"):
         for training in trainings.values():
             training.step()
-    return {name: training.median_times() for name, training in trainings.items()}
+    medians = {name: (1e3 * np.median(training.seconds, axis=0)).tolist() for name, training in trainings.items()}
+    return {name: {"CPU ms a step": step, "CPU ms of head": head} for name, (step, head) in medians.items()}

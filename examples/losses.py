@@ -1,7 +1,5 @@
 """The losses of the demo, with the head and the bounds of the hyper-parameter search of each."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a figure was measured with: hardware, versions, commit and command; and the peaks of memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

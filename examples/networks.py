@@ -1,13 +1,24 @@
 """The networks of the tasks: a body that ends in FEATURES features, and a head with a row of weights for each class."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from topk_fast import NormedLinear
 
 FEATURES = 128
+
+
+class LinearCrossEntropy(nn.Linear):
+    """The plain form of a `LinearHead`, which computes all logits and then their cross-entropy."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.logits(input), target)
+
+    def logits(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return self.logits(input).topk(k)
 
 
 class CosineHead(NormedLinear):
@@ -36,20 +47,10 @@ def convolutions(size: int) -> nn.Sequential:
 def kana(length: int, codes: int = 256) -> nn.Sequential:
     """For codes of kana [N, length]: an embedding of each place's kana and two hidden layers."""
     hidden = 256
-    layers = [Places(length, codes, 32), nn.Linear(32 * length, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+    layers = [nn.Embedding(codes, 32), nn.Flatten(), nn.Linear(32 * length, hidden, bias=False)]
+    layers += [nn.BatchNorm1d(hidden), nn.ReLU()]
     layers += [nn.Linear(hidden, FEATURES, bias=False), nn.BatchNorm1d(FEATURES), nn.ReLU()]
     return nn.Sequential(*layers, nn.Dropout(0.2))
-
-
-class Places(nn.Embedding):
-    """Embeddings of the codes [N, T], side by side: [N, T * width]."""
-
-    def __init__(self, length: int, codes: int, width: int):
-        super().__init__(codes, width)
-        self.length = length
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.int()).flatten(1)
 
 
 def hidden_layers(n_inputs: int) -> nn.Sequential:

@@ -1,7 +1,5 @@
 """The demo's figure: top-k accuracy of the losses, and what a head over all species costs under each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib

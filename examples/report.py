@@ -1,6 +1,7 @@
-"""A run's tables on the terminal."""
+"""A run's figures: a table on the terminal, and JSON."""
 
-from __future__ import annotations
+import json
+from pathlib import Path
 
 
 def table(rows: dict[str, dict[str, float | None]], unit: float = 100.0, digits: int = 1) -> str:
@@ -15,3 +16,11 @@ def table(rows: dict[str, dict[str, float | None]], unit: float = 100.0, digits:
     lines = [f"{'':{first}}  " + "  ".join(c.rjust(6) for c in columns)]
     lines += [f"{name.ljust(first)}  " + "  ".join(cell(row[c], c) for c in columns) for name, row in rows.items()]
     return "\n".join(lines)
+
+
+def write_json(path: Path, result: dict) -> None:
+    """Writes a result whole or not at all: a run that is cut short leaves the last one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    part.replace(path)

@@ -1,9 +1,6 @@
 """The classification tasks of the study: pretrained features, kanji, species, and glyphs in three forms."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.data_sets import glyphs, kanji, species
-from examples.data_sets.dataset import Dataset, shuffle_within_classes
+from examples.data_sets.dataset import Dataset, Task, shuffle_within_classes
 from examples.networks import FEATURES, convolutions
 from examples.training import train_epochs
 
@@ -28,21 +25,6 @@ WRONG = 0.5  # share of labels that are redrawn from their group
 PRETRAINING = {"epochs": 4, "variants": 4, "batch": 256, "lr": 5e-3, "weight_decay": 0.05, "eps": 1e-4}
 
 
-@dataclass(frozen=True)
-class Task:
-    """Inputs [D, ...], and (input, class) of each row of the three parts; rows may share an input."""
-
-    name: str
-    classes: int
-    inputs: Tensor
-    parts: dict[str, tuple[Tensor, Tensor]]
-    names: tuple[str, ...] = ()  # of the classes, where the data have names
-
-    def count(self) -> Tensor:
-        """Training rows of each class, [C]."""
-        return self.parts["train"][1].bincount(minlength=self.classes)
-
-
 @lru_cache(maxsize=1)
 def load(name: str, cache: Path) -> Task:
     """The data set called `name`; its sources are downloaded or rendered into `cache` at first use."""
@@ -53,7 +35,7 @@ def load(name: str, cache: Path) -> Task:
         return _split_by_input(name, data, lambda seen: _components(data, seen, cache), shares=4)
     if name == "kanji":
         data = kanji.load(cache)
-        return _split_by_input(name, data, lambda seen: torch.from_numpy(data.inputs), shares=5)
+        return _split_by_input(name, data, lambda seen: torch.from_numpy(data.inputs).int(), shares=5)
     return _features(cache) if name == "features" else _glyphs(name, cache)
 
 
@@ -72,7 +54,7 @@ def _split_by_input(name: str, data: Dataset, inputs_of: Callable[[Tensor], Tens
     for part in DRAWINGS:
         rows = np.flatnonzero((part_of == part) & usable)
         parts[part] = torch.from_numpy(data.group[rows]), torch.from_numpy(target[rows])
-    return Task(name, len(known), inputs_of(parts["train"][0].unique()), parts, tuple(data.classes[i] for i in known))
+    return Task(name, len(known), inputs_of(parts["train"][0].unique()), parts, tuple(data.classes[known].tolist()))
 
 
 def _components(data: Dataset, seen: Tensor, cache: Path) -> Tensor:

@@ -1,20 +1,15 @@
 """Training, the same for all examples and for the study."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from examples.data_sets.dataset import Task
 from examples.evaluation import measure
 from examples.losses import Loss
 from examples.networks import FEATURES, CosineHead, body_for
-
-if TYPE_CHECKING:
-    from examples.tasks import Task
 
 
 def take_steps(

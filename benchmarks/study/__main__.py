@@ -8,8 +8,6 @@ under other seeds and measured on the test rows.
     python -m benchmarks.study --collect                      # puts all that is on record into results/study.json
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -1,17 +1,16 @@
 """The runs that the study's plan asks for, those on record, and their collection in one file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.study.losses import BALANCED_DATA, IMBALANCED, LOSSES
 from examples.losses import BALANCED, EPS, MOMENTUM, OPTIMIZER, SGD
 from examples.machine import environment
 from examples.tasks import load
-from examples.trials import draw_points
 
 SEEDS = (1, 2, 3, 4, 5)
 TRIAL_SEED = 0
@@ -54,6 +53,19 @@ ABLATIONS: dict[str, dict[str, Sequence]] = {
     "LDAM": {"length": (0.1, 1.0, 11.3)},  # of the rows of the head at the start; the last is sqrt(D)
     IMBALANCED: {"length": (0.1, 1.0, 11.3), "epsilon": (0.0, 0.003, 0.01, 0.03, 0.1), "max_m": (0.01, 0.03, 0.1, 0.3)},
 }
+
+
+def draw_points(space: dict[str, tuple[float, float]], trials: int, seed: int) -> list[dict[str, float]]:
+    """`trials` points of a box of (low, high), log-uniform, from a scrambled Sobol sequence, rounded to two digits."""
+    if not space:
+        return [{} for _ in range(trials)]
+    points = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=seed).draw(trials).tolist()
+
+    def place(key: str, u: float) -> float:
+        low, high = space[key]
+        return float(f"{low * (high / low) ** u:.2g}")
+
+    return [{key: place(key, u) for key, u in zip(space, point)} for point in points]
 
 
 def settings_of(loss: str, data: str, optimizer: str) -> list[dict]:

@@ -1,7 +1,5 @@
 """The losses of the study: those of the demo, their rivals, and the forms for long tails."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from benchmarks.losses import FocalLoss, LDAMLoss, LogitAdjustedCrossEntropy, SmoothTopKSVM

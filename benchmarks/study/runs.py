@@ -1,7 +1,5 @@
 """A run of the study: one model, trained with one loss and its settings, and measured."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -200,7 +200,7 @@ def test_species_parts_share_no_input_and_no_class_is_new(monkeypatch, tmp_path)
     rng = np.random.default_rng(0)
     inputs = rng.integers(0, 9, (1200, 300), dtype=np.uint8)
     group, target = rng.integers(0, 1200, 2000), rng.integers(0, 150, 2000)
-    data = Dataset("species", [str(i) for i in range(150)], inputs, group, target)
+    data = Dataset(np.arange(150).astype(str), inputs, group, target)
     monkeypatch.setattr(tasks.species, "load", lambda cache: data)
     tasks.load.cache_clear()
     made = tasks.load("species", tmp_path)
@@ -224,7 +224,7 @@ def drawings(monkeypatch, tmp_path):
     images[:, 0], images[:, 1] = group % 250, group // 250
     target = np.repeat(np.arange(60), count)
     twice = np.concatenate([np.arange(len(group)), np.arange(0, len(group), 3)])  # a drawing in two fonts: one row more
-    data = Dataset("glyphs", [str(i) for i in range(60)], images, group[twice], target[twice])
+    data = Dataset(np.arange(60).astype(str), images, group[twice], target[twice])
     monkeypatch.setattr(tasks.glyphs, "load", lambda cache: data)
 
     tasks.load.cache_clear()

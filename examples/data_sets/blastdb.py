@@ -4,8 +4,6 @@ The index holds three tables of offsets: where each record's header, packed sequ
 is packed four bases to a byte; bases that are ambiguous were packed as some base and are listed behind the sequence.
 """
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 

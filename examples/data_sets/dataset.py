@@ -1,6 +1,4 @@
-"""The form of the labelled data sets and the split of their rows; the cache of all data sets."""
-
-from __future__ import annotations
+"""The form of the labelled data sets and of the tasks made from them; the cache of all data sets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,31 +7,21 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
-Kind = TypeVar("Kind", bound="Stored")
-
-
-class Stored:
-    """A dataclass of arrays, lists and strings that is kept in an .npz file; `load` of the dataclass reads it."""
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp.npz")  # an interrupted run leaves no half-written cache behind
-        np.savez_compressed(partial, **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)})
-        partial.replace(path)
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class Dataset(Stored):
+class Dataset:
     """Labelled rows over distinct inputs: many rows may share one input, under one class or several."""
 
-    name: str
-    classes: list[str]  # [C]
+    classes: np.ndarray  # [C] str
     inputs: np.ndarray  # [D, F] uint8: counts or pixels of the distinct inputs
     group: np.ndarray  # [N] int64: the input of each row
     target: np.ndarray  # [N] int64: the class of each row
 
-    def features(self, numbers: np.ndarray | slice = slice(None)) -> torch.Tensor:
+    def features(self, numbers: np.ndarray | slice = slice(None)) -> Tensor:
         """Square roots of the inputs with the given numbers, each scaled to length sqrt(F): [D, F] float32."""
         x = torch.from_numpy(self.inputs[numbers]).float().sqrt_()
         return torch.nn.functional.normalize(x).mul_(x.shape[1] ** 0.5)
@@ -44,17 +32,31 @@ class Dataset(Stored):
         classes_of_input = np.bincount(pairs[0], minlength=len(self.inputs))
         return float((classes_of_input[self.group] > 1).mean())
 
-    @classmethod
-    def load(cls, path: Path) -> Dataset:
-        with np.load(path, allow_pickle=False) as z:
-            return cls(str(z["name"]), z["classes"].tolist(), z["inputs"], z["group"], z["target"])
+
+@dataclass(frozen=True)
+class Task:
+    """Inputs [D, ...], and (input, class) of each row of the three parts; rows may share an input."""
+
+    name: str
+    classes: int
+    inputs: Tensor
+    parts: dict[str, tuple[Tensor, Tensor]]
+    names: tuple[str, ...] = ()  # of the classes, where the data have names
+
+    def count(self) -> Tensor:
+        """Training rows of each class, [C]."""
+        return self.parts["train"][1].bincount(minlength=self.classes)
 
 
 def cached(path: Path, build: Callable[[], Kind], kind: type[Kind] = Dataset) -> Kind:
-    """The data set stored at `path`, which is built and stored there first if necessary."""
+    """The dataclass of arrays stored at `path`, which is built and stored there first if necessary."""
     if not path.exists():
-        build().save(path)
-    return kind.load(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp.npz")  # an interrupted run leaves no half-written cache behind
+        np.savez_compressed(partial, **vars(build()))
+        partial.replace(path)
+    with np.load(path, allow_pickle=False) as stored:
+        return kind(*(stored[field.name] for field in fields(kind)))
 
 
 def shuffle_within_classes(target: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,5 @@
 """Debian packages that data sets come from: downloaded without root, checked and unpacked."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import subprocess
@@ -12,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class PackageUnavailable(RuntimeError):
-    """The Debian package could not be fetched or unpacked; the message says what to do."""
+class PackageUnavailable(SystemExit):
+    """The Debian package could not be fetched or unpacked; a program that does not catch this ends with the remedy."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Package:
     @contextmanager
     def unpacked(self, cache: Path) -> Iterator[Path]:
         """A temporary folder with the package's files; the .deb stays in `cache`."""
+        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             self._run(["dpkg-deb", "--extract", str(self.fetch(cache)), folder])
             yield Path(folder)

@@ -4,8 +4,6 @@ The text is the GNU Collaborative International Dictionary of English 0.48.5 (GP
 Webster's Revised Unabridged Dictionary of 1913 and parts of WordNet.
 """
 
-from __future__ import annotations
-
 import gzip
 import re
 from collections import Counter
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .dataset import Stored, cached
+from .dataset import cached
 from .debian import Package
 
 PACKAGE = Package(
@@ -36,18 +34,13 @@ NOT_TEXT = re.compile(r"\\[^\\]*\\|\([^()]*\[[^()]*\)|\[(?:1913 Webster|Webster 
 
 
 @dataclass(frozen=True)
-class Text(Stored):
+class Text:
     """Three parts of a text as numbers of words, dictionary entry after dictionary entry in random order."""
 
-    words: list[str]  # [L], the most frequent first, after UNKNOWN
+    words: np.ndarray  # [L] str, the most frequent first, after UNKNOWN
     train: np.ndarray  # [T] int32
     val: np.ndarray
     test: np.ndarray
-
-    @classmethod
-    def load(cls, path: Path) -> Text:
-        with np.load(path, allow_pickle=False) as z:
-            return cls(z["words"].tolist(), z["train"], z["val"], z["test"])
 
 
 def load(cache: Path) -> Text:
@@ -59,7 +52,6 @@ def load(cache: Path) -> Text:
             text = gzip.decompress(next(files.rglob("gcide.dict.dz")).read_bytes()).decode("utf-8", "replace")
         return parse(text)
 
-    cache.mkdir(parents=True, exist_ok=True)
     return cached(cache / "dictionary.npz", build, Text)
 
 
@@ -81,7 +73,7 @@ def parse(text: str, min_count: int = MIN_COUNT) -> Text:
         )
         return np.fromiter((number.get(word, 0) for word in listed), np.int32)
 
-    return Text(words, encode(train), encode(val), encode(test))
+    return Text(np.array(words), encode(train), encode(val), encode(test))
 
 
 def split_entries(text: str) -> list[str]:

@@ -1,7 +1,5 @@
 """Characters rendered from matplotlib's fonts, which need no download: many classes with few images each."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -49,7 +47,7 @@ def render(fonts: Sequence[Path], min_fonts: int = MIN_FONTS) -> Dataset:
     images, group = np.unique(np.array([image for _, image in rows]), return_inverse=True)
     inputs = np.frombuffer(b"".join(i.ljust(SIZE * SIZE, b"\0") for i in images.tolist()), np.uint8)
     names = [unicodedata.name(chr(code), f"U+{code:04X}") for code in codes]
-    return Dataset("glyphs", names, inputs.reshape(-1, SIZE * SIZE), group, target)
+    return Dataset(np.array(names), inputs.reshape(-1, SIZE * SIZE), group, target)
 
 
 def _draw(pen: ImageFont.FreeTypeFont, character: str) -> bytes:

@@ -5,8 +5,6 @@ under its licence (https://www.edrdg.org/edrdg/licence.html), which asks for thi
 this repository.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -37,7 +35,6 @@ def load(cache: Path) -> Dataset:
         with PACKAGE.unpacked(cache) as files:
             return parse((files / "usr" / "share" / "edict" / "edict").read_text("euc-jp", "replace"))
 
-    cache.mkdir(parents=True, exist_ok=True)
     return cached(cache / "kanji.npz", build)
 
 
@@ -54,7 +51,7 @@ def parse(text: str) -> Dataset:
     classes, target = np.unique(list(words.values()), return_inverse=True)
     readings, group = np.unique([reading for _, reading in words], return_inverse=True)
     inputs = np.stack([encode(reading) for reading in readings])
-    return Dataset("kanji", classes.tolist(), inputs, group, target)
+    return Dataset(classes, inputs, group, target)
 
 
 def encode(reading: str) -> np.ndarray | None:

@@ -3,8 +3,6 @@
 The records are GenBank's (NCBI), the selection is SILVA SSURef release 93; Debian's copyright file says public domain.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from pathlib import Path
@@ -61,7 +59,6 @@ def load(cache: Path, whole: bool = False) -> Dataset:
         with PACKAGE.unpacked(cache) as files:
             return parse(next(files.rglob(f"{DATABASE}.nin")).with_suffix(""), whole)
 
-    cache.mkdir(parents=True, exist_ok=True)
     return cached(cache / ("species_whole.npz" if whole else "species.npz"), build)
 
 
@@ -84,7 +81,7 @@ def parse(database: Path, whole: bool = False) -> Dataset:
     inputs = np.stack(
         [kmer_counts(region) for region in tqdm(regions, f"counting {KMER}-mers", unit="gene", disable=None)]
     )
-    return Dataset("all species" if whole else "species", classes.tolist(), inputs, group, target)
+    return Dataset(classes, inputs, group, target)
 
 
 def species_of(title: str) -> str | None:
