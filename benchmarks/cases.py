@@ -70,9 +70,6 @@ class Case(NamedTuple):
         scores, target = make_scores(self.scores, self.N, self.L, self.dtype, device)
         return Batch((scores,), target)
 
-    def shrink(self) -> "Case":
-        return self._replace(N=2, L=200, scores="normal")
-
     def count_classes(self) -> list[int]:
         """Rows of each class, falling exponentially from 1000 to 1."""
         return [max(1, round(1000 ** (1 - j / max(1, self.L - 1)))) for j in range(self.L)]

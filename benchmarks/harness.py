@@ -7,7 +7,6 @@ emptied before each step.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.memory import measure_peak
-from examples.machine import environment
+from examples.machine import environment, measure_peak
+from examples.report import write_json
 
 FEWEST = 3  # samples of every candidate, even if a step takes long
 BRIEF = 0.1  # seconds; a shorter step would feel the caches of the previous candidate, and is repeated for this long
@@ -46,16 +45,15 @@ class Batch(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A case, its table or curve, the candidates that are timed, and those whose peak memory is measured.
+    """A case, its table or curve, and the candidates that are measured.
 
-    A case is a NamedTuple with ``check(names, device)``, which raises SystemExit if a loss is wrong, with
-    ``make_batch(device)``, and with ``shrink()``, which returns a small case of its kind.
+    A case is a NamedTuple with ``check(names, device)``, which raises SystemExit if a loss is wrong, and with
+    ``make_batch(device)``.
     """
 
     group: str
     case: Any
     names: tuple[str, ...]
-    memory: tuple[str, ...] = ()
 
 
 class Effort(NamedTuple):
@@ -91,6 +89,13 @@ class Step:
         grads = [leaf.grad.coalesce().values() if leaf.grad.is_sparse else leaf.grad for leaf in self.leaves]
         return all(bool(t.isfinite().all()) for t in (self.value, *grads))
 
+    def peak_bytes(self) -> int:
+        """Bytes that a run takes at its peak beyond its inputs, gradients included."""
+        self.drop()
+        peak = measure_peak(self.run, self.target.device.type)
+        self.drop()
+        return peak
+
     def drop(self):
         """Releases the loss and the gradients."""
         self.value = None
@@ -106,11 +111,7 @@ def measure(
     report: dict,
     path: Path | None,
 ) -> None:
-    """Appends the result of each entry to the report's cases, writes the report to `path`, and prints the result.
-
-    Args:
-        candidates: A module's function, which a process that measures memory can import: the candidates on a device.
-    """
+    """Appends the result of each entry to the report's cases, writes the report to `path`, and prints the result."""
     for entry in entries:
         case, steps, left_out = entry.case, {}, {}
         case.check(entry.names, device)
@@ -119,14 +120,12 @@ def measure(
             found = try_out(name, candidates(device)[name], case, batch, device)
             (left_out if isinstance(found, str) else steps)[name] = found
         samples = sample_in_turn({name: step.passes for name, step in steps.items()}, device, effort)
-        for step in steps.values():
-            step.drop()  # for a GPU's peaks
-        peaks = {name: measure_peak(make_run, case, candidates, name, device) for name in entry.memory if name in steps}
+        peaks = {name: step.peak_bytes() for name, step in steps.items()}
         times = {name: summarize(values) for name, values in samples.items()}
         result = {"group": entry.group, **case._asdict(), "ms": times, "left_out": left_out, "peak_bytes": peaks}
         report["cases"].append(result)
         if path is not None:
-            write(path, report)
+            write_json(path, report)
         print(describe(result), flush=True)
 
 
@@ -147,11 +146,6 @@ def try_out(name: str, candidate: Candidate, case, batch: Batch, device: str) ->
     if not step.is_finite():
         raise SystemExit(f"{name} has a loss or gradient that is not finite: nothing was timed")
     return step
-
-
-def make_run(case, candidates: Callable, name: str, device: str) -> Callable:
-    """The run whose peak memory is measured."""
-    return Step(candidates(device)[name], case, case.make_batch(device), device).run
 
 
 def time_passes(passes: list[Callable], device: str, inner: int = 1, clock=time.process_time) -> list[float]:
@@ -223,8 +217,8 @@ def describe(result: dict) -> str:
     lines = [f"{result['group']}: " + " ".join(f"{key}={v}" for key, v in result.items() if key not in rest)]
     for name, ms in result["ms"].items():
         parts = {"step": ms} if "median" in ms else ms
-        peak = f", peak {result['peak_bytes'][name] / 2**20:.1f} MiB" if name in result["peak_bytes"] else ""
-        lines.append(f"{name}: " + ", ".join(f"{part} {q['median']:.4g} ms" for part, q in parts.items()) + peak)
+        figures = [f"{part} {q['median']:.4g} ms" for part, q in parts.items()]
+        lines.append(f"{name}: {', '.join(figures)}, peak {result['peak_bytes'][name] / 2**20:.1f} MiB")
     return "\n  ".join([*lines, *(f"{name} left out: {reason}" for name, reason in result["left_out"].items())])
 
 
@@ -259,11 +253,3 @@ def begin(args: argparse.Namespace, prefix: str = "") -> tuple[dict, Path | None
         raise SystemExit("--device cuda needs a GPU that torch.cuda sees")
     report = {"environment": environment("cuda"), "copy_bytes_per_second": measure_copy_bandwidth(), "cases": []}
     return report, args.out or Path(os.environ.get("OUT", ROOT / "out")) / f"{prefix}gpu.json"
-
-
-def write(path: Path, report: dict):
-    """Writes the report as JSON, whole or not at all; a run that is cut short keeps the results of its cases."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    part.replace(path)

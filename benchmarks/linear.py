@@ -58,9 +58,6 @@ class Case(NamedTuple):
         optimizers = torch.optim.Adam([weight], lr=1e-6), torch.optim.SparseAdam([weight], lr=1e-6)
         return Batch((x, weight), torch.randint(self.L, (self.N,), generator=generator, device=device), optimizers)
 
-    def shrink(self) -> "Case":
-        return self._replace(N=4, D=16, L=300)
-
     def check(self, names: tuple[str, ...], device: str) -> None:
         """The gate: the linear form has its logits' losses, bit for bit, and their gradients to a few roundings.
 
@@ -90,7 +87,7 @@ def list_entries(quick: bool, device: str) -> list[Entry]:
     else:
         cases = [Case(256, 128, length) for length in (100_000, 1_000_000)]
     names = tuple(list_candidates(device))
-    return [Entry("linear", case, names, names) for case in (cases[:1] if quick else cases)]
+    return [Entry("linear", case, names) for case in (cases[:1] if quick else cases)]
 
 
 def list_candidates(device: str) -> dict[str, Candidate]:

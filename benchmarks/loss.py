@@ -28,8 +28,6 @@ GPU_SHAPES += [(262_144, 1000), (26_624, 10_000), (8192, 32_768), (2048, 131_072
 OWN = ("topk_fast", "sampled cross-entropy")
 BASIC = (*OWN, "cross-entropy", "pytopk")
 CURVES = (*BASIC, "cross-entropy compiled", "smooth top-K SVM", "difftopk")
-# The peak memory on a CPU leaves compiled losses out, since compilation takes more memory than the step.
-HEAVY = tuple(name for name in CURVES if "compiled" not in name)
 EQUAL = "sampled cross-entropy, equal B"
 ALL = tuple(name for name in PEERS if name != EQUAL)
 EFFORT = {"cpu": Effort(15, 0.7), "cuda": Effort(200, 0.1)}
@@ -43,11 +41,11 @@ def list_entries(quick: bool, device: str) -> list[Entry]:
         for b, (n, length), dtype in product((10,) if quick else (10, 5, 32), GPU_SHAPES, ("float32", "bfloat16")):
             names = (*list_own_backends("cuda"), *BASIC[1:3], "cross-entropy compiled")
             names += ("pytopk",) * (n * length * b <= NOISE) + ("Liger",) * bool(find_spec("liger_kernel"))
-            entries.append(Entry("length", Case(n, length, n_sample=b, dtype=dtype), names, names))
+            entries.append(Entry("length", Case(n, length, n_sample=b, dtype=dtype), names))
         return entries
     if quick:
         goals = [Entry("goals", Case(n, length, n_sample=5), BASIC) for n, length in GOAL_SHAPES]
-        return [*goals, Entry("peers", Case(128, 1000), ALL, HEAVY)]
+        return [*goals, Entry("peers", Case(128, 1000), ALL)]
     goals = [
         Entry("goals", Case(n, length, n_sample=b, epsilon=epsilon), BASIC)
         for n, length in GOAL_SHAPES
@@ -59,9 +57,8 @@ def list_entries(quick: bool, device: str) -> list[Entry]:
         for kind in ("species", "normal", "flat", "spiky")
         for epsilon in (1.0, 0.2)
     ]
-    uncompiled = tuple(name for name in ALL if "compiled" not in name)
-    peers = [Entry("peers", Case(n, length), ALL, uncompiled) for n, length in ((32, 100_000), (128, 1000))]
-    lengths = [Entry("length", Case(n, length), CURVES, HEAVY if length >= 1000 else ()) for n, length in LENGTHS]
+    peers = [Entry("peers", Case(n, length), ALL) for n, length in ((32, 100_000), (128, 1000))]
+    lengths = [Entry("length", Case(n, length), CURVES) for n, length in LENGTHS]
     names = ("topk_fast", EQUAL, "cross-entropy", "pytopk")
     samples = [Entry("samples", Case(64, 10_000, n_sample=b), names) for b in (1, 2, 5, 10, 20, 50, 100)]
     names = ("topk_fast", "pytopk", "smooth top-K SVM")
@@ -87,8 +84,8 @@ def measure_instruction_sets(report: dict, path: Path | None) -> None:
         topk_fast._C.use_isa(name)
         entries = [Entry(name, Case(n, length, n_sample=5), OWN) for n, length in GOAL_SHAPES[:3]]
         harness.measure(entries, list_candidates, "cpu", EFFORT["cpu"], report, path)
-    for name in names[:1]:
-        topk_fast._C.use_isa(name)
+    if names:
+        topk_fast._C.use_isa(names[0])
 
 
 def run_once(device: str) -> None:
@@ -96,7 +93,8 @@ def run_once(device: str) -> None:
     for n, length in GPU_SHAPES if device == "cuda" else GOAL_SHAPES:
         for dtype in ("float32", "bfloat16"):
             for name in list_own_backends(device) if device == "cuda" else OWN:
-                harness.make_run(Case(n, length, dtype=dtype), list_candidates, name, device)()
+                case = Case(n, length, dtype=dtype)
+                harness.Step(list_candidates(device)[name], case, case.make_batch(device), device).run()
 
 
 def main(argv: list[str] | None = None) -> None:

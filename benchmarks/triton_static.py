@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks import RESULTS
 from examples.machine import stamp
+from examples.report import write_json
 
 KERNELS = (collect.collect_kernel, search.search_kernel, gradient.gradient_kernel)
 LAWS = ("normal", "gumbel")
@@ -213,8 +214,7 @@ def main():
     note = "compiled and counted, not run: no GPU took part"
     environment = {"triton": triton.__version__, **stamp(), "note": note}
     counts = {name: variants(calls())[0] for name, calls in VARIANTS.items()}
-    result = {"environment": environment, "variants": counts, "kernels": report}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(RESULT, {"environment": environment, "variants": counts, "kernels": report})
     print(json.dumps(counts, indent=1))
 
 
