@@ -35,6 +35,20 @@ def run(*command) -> str:
     return done.stdout + done.stderr
 
 
+def forbidden_in(ptx: str) -> list[str]:
+    """The fused and approximate instructions of some PTX."""
+    pattern = r"\b(?:fma|mad\.(?:rn|rz)|[\w.]+\.approx|div\.full|sqrt\.approx)[\w.]*"
+    return sorted(set(re.findall(pattern, ptx)))
+
+
+def counts_of(ops: list[str]) -> dict[str, int]:
+    return {
+        "instructions": len(ops),
+        "loads_of_16_bytes": sum(bool(re.match(r"LDG?\.E.*\.128", op)) for op in ops),
+        "stores_of_16_bytes": sum(bool(re.match(r"STG?\.E.*\.128", op)) for op in ops),
+    }
+
+
 def machine_code(cubin: Path) -> dict[str, list[str]]:
     """Instructions of each kernel, by its mangled name."""
     parts = re.split(r"^//-+ \.text\.", run(tool("nvdisasm"), "-c", cubin), flags=re.M)[1:]
@@ -53,13 +67,11 @@ def kernels(target: str, folder: Path) -> list[dict]:
     cubin, ptx = folder / f"{target}.cubin", folder / f"{target}.ptx"
     run("nvcc", f"-arch={target}", *FLAGS, "-ptx", "-o", ptx, SOURCE)
     log = run("nvcc", f"-arch={target}", "-O3", "-Xptxas", "-v", "-cubin", "-o", cubin, ptx)
-    pattern = re.compile(r"\b(?:fma|mad\.(?:rn|rz)|[\w.]+\.approx|div\.full|sqrt\.approx)[\w.]*")
-    forbidden = {part.split("(")[0]: set(pattern.findall(part)) for part in ptx.read_text().split(".entry ")[1:]}
+    forbidden = {part.split("(")[0]: forbidden_in(part) for part in ptx.read_text().split(".entry ")[1:]}
     code, out = machine_code(cubin), []
     for part in re.split(r"Compiling entry function '", log)[1:]:
         number = lambda pattern, part=part: int(re.search(pattern, part).group(1))  # noqa: E731
         mangled = part.split("'")[0]
-        ops = code[mangled]
         out.append(
             {
                 "target": target,
@@ -67,10 +79,8 @@ def kernels(target: str, folder: Path) -> list[dict]:
                 "registers": number(r"Used (\d+) registers"),
                 "stack_bytes": number(r"(\d+) bytes stack frame"),
                 "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-                "instructions": len(ops),
-                "loads_of_16_bytes": sum(bool(re.match(r"LDG?\.E.*\.128", op)) for op in ops),
-                "stores_of_16_bytes": sum(bool(re.match(r"STG?\.E.*\.128", op)) for op in ops),
-                "forbidden": sorted(forbidden[mangled]),
+                **counts_of(code[mangled]),
+                "forbidden": forbidden[mangled],
             }
         )
     return out

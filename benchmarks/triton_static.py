@@ -11,10 +11,8 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import MagicMock, patch
 
@@ -27,13 +25,14 @@ from topk_fast.triton_kernels import collect, gradient, launch, layout, search
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import RESULTS
+from benchmarks.cuda_static import counts_of, forbidden_in, machine_code, run
+from benchmarks.model.sass import tool
 from examples.machine import stamp
 from examples.report import write_json
 
 KERNELS = (collect.collect_kernel, search.search_kernel, gradient.gradient_kernel)
 LAWS = ("normal", "gumbel")
 RESULT = RESULTS / "triton_static.json"
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -152,19 +151,6 @@ VARIANTS = {  # what varies, and the calls in which it does
 }
 
 
-def inspected(kernel, tool: str, option: str) -> str:
-    """The output of one of NVIDIA's tools for a kernel's machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def instructions(kernel) -> list[str]:
-    text = inspected(kernel, "nvdisasm", "-c")
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][\w.]+)", text, re.MULTILINE)
-
-
 def uses(code: str, intrinsic: str) -> int:
     """Calls of an LLVM intrinsic on float32, a vector counted as its lanes."""
     found = re.findall(rf"call [^@\n]*@llvm\.{intrinsic}\.(?:v(\d+))?f32", code)
@@ -184,17 +170,17 @@ def facts(kernel) -> dict:
             # The backend's correctly rounded root has five fused steps; nothing else may have one.
             + ["llvm.fma"] * (uses(code, "fma") != 5 * uses(code, "amdgcn.rsq")),
         }
-    usage, ops = inspected(kernel, "cuobjdump", "-res-usage"), instructions(kernel)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = run(tool("cuobjdump"), "-res-usage", file.name)
+        (ops,) = machine_code(file.name).values()
     return out | {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "instructions": len(ops),
         "spill_loads_and_stores": sum(op.startswith(("LDL", "STL")) for op in ops),
-        "loads_of_16_bytes": sum(op.startswith("LDG.E.128") for op in ops),
-        "stores_of_16_bytes": sum(op.startswith("STG.E.128") for op in ops),
-        "forbidden": sorted(
-            set(re.findall(r"\b(?:fma|mad\.(?:rn|rz)|[\w.]+\.approx|div\.full)[\w.]*", kernel.asm["ptx"]))
-        ),
+        **counts_of(ops),
+        "forbidden": forbidden_in(kernel.asm["ptx"]),
     }
 
 
