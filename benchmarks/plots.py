@@ -10,7 +10,7 @@ from benchmarks.loss import BASIC, CURVES, EQUAL
 from benchmarks.study.jobs import PLANS
 from benchmarks.study.losses import LOSSES
 from benchmarks.study.tables import runs_of
-from benchmarks.style import COLOURS, GREY, MARKERS, save_svg
+from examples.style import COLOURS, GREY, MARKERS, save_svg
 
 TOPS = (("top-1", COLOURS[1], "s"), ("top-5", COLOURS[0], "o"), ("top-20", COLOURS[3], "^"))
 

@@ -1,9 +1,9 @@
-"""Micro-benchmarks of each op of the CPU backends and of the losses' steps, by pytest-benchmark.
+"""Micro-benchmarks of each op of the CPU backends, by pytest-benchmark; benchmarks.loss measures whole steps.
 
 They measure the process CPU time of one thread. `make test` does not collect this file; `make bench` runs it. This runs
-one group:
+a part:
 
-    python -m pytest benchmarks/test_micro.py -k "step and 1000"
+    python -m pytest benchmarks/test_micro.py -k "gradient and 1000"
 """
 
 import time
@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from benchmarks.cases import Case, list_own_backends
-from benchmarks.loss import BASIC
-from benchmarks.peers import PEERS
 from topk_fast import noise, ops
 from topk_fast.request import Labels, Noise, Place, Slice
 
@@ -23,32 +21,11 @@ pytestmark = pytest.mark.benchmark(
 )
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case.N}x{case.L}")
-def case(request):
-    """A case whose losses have passed the gate."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    request.param.check(BASIC, "cpu")
-    yield request.param
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("name", BASIC)
-def test_step(benchmark, case, name):
-    benchmark.group = f"step {case.N} x {case.L}"
-    ((scores,), target, _), loss = case.make_batch("cpu"), PEERS[name].make(case)
-
-    def step():
-        scores.grad = None
-        loss(scores, target).backward()
-        return scores.grad
-
-    assert benchmark(step).isfinite().all()
-
-
 @pytest.mark.parametrize("op", ["candidates", "excess", "gradient"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.N}x{case.L}")
 @pytest.mark.parametrize("backend", list_own_backends("cpu"))
 def test_op(benchmark, case, op, backend):
+    case.check((), "cpu")
     benchmark.group = f"op {op} {case.N} x {case.L}"
     (scores,), target, _ = case.make_batch("cpu")
     scores, labels = scores.detach(), Labels(target)

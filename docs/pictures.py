@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.style import COLOURS, GREY, save_svg
+from examples.style import COLOURS, GREY, save_svg
 from topk_fast import functional, noise, reference
 from topk_fast.request import Noise
 

@@ -10,9 +10,12 @@
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import nn
 from tqdm import tqdm
 
@@ -22,10 +25,10 @@ from examples.data_sets.dataset import Dataset
 from examples.evaluation import curve, ranks_of, summarize
 from examples.losses import CROSS_ENTROPY, LOSSES, SOFTPLUS, chosen_settings
 from examples.machine import environment
-from examples.plot import draw
 from examples.report import table, write_json
+from examples.style import COLOURS, MARKERS, save_svg
 from examples.tasks import Task, load
-from examples.training import fit_best_epoch, make_model
+from examples.training import fit_best_epoch
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("top-1", "top-5", "top-20", "macro top-5")
@@ -58,10 +61,7 @@ def compare(task: Task, data: Dataset, args: argparse.Namespace) -> dict:
     for name, loss in tqdm(LOSSES.items(), task.name, unit="loss", disable=None):
         start = time.perf_counter()
         settings = chosen_settings(task.name, name)
-        torch.manual_seed(args.seed)
-        model = make_model(task, loss, settings)
-        criterion = loss.make(settings, task.count().tolist())
-        fit_best_epoch(model, criterion, task, settings, args.epochs, BATCH, "top-5")
+        model, _ = fit_best_epoch(task, loss, settings, args.seed, args.epochs, BATCH, "top-5")
         losses[name] = {"settings": settings, "seconds": round(time.perf_counter() - start, 1)}
         rank = ranks_of(model, task, "test")
         losses[name] |= summarize(rank, task, "test") | {"curve": curve(rank)}
@@ -98,6 +98,22 @@ def show(task: Task, result: dict) -> None:
             print(f"    {asked}: {', '.join(five)}")
 
 
+def draw(result: dict, figure: Figure) -> None:
+    """The top-k accuracy of the losses, and what a step of the head over all species takes under each."""
+    left, *right = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    for (name, found), colour, marker in zip(result["losses"].items(), COLOURS, MARKERS):
+        left.plot(range(1, 1 + len(found["curve"])), found["curve"], color=colour, marker=marker, label=name)
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    left.set(xlabel="number of guesses k", ylabel="top-k accuracy", title=result["data"], xticks=[1, 5, 10, 15, 20])
+    left.legend(loc="lower right")
+    losses = result["head"]["losses"]
+    for axes, column in zip(right, ("ms a step", "MiB a step")):
+        bars = axes.bar(list(losses), [row[column] for row in losses.values()], color=COLOURS[: len(losses)])
+        axes.bar_label(bars, fmt="%.0f")
+        axes.set(title=column)
+    figure.suptitle(f"right: a head over {result['head']['classes']:,} species", x=1, ha="right")
+
+
 def main() -> None:
     args = arguments()
     start = time.perf_counter()
@@ -117,8 +133,8 @@ def main() -> None:
     result["seconds"] = round(time.perf_counter() - start, 1)
     path = args.out / f"demo{'' if args.data == 'kanji' else '_' + args.data}.json"
     write_json(path, result)
-    draw(result, path.with_suffix(".png"))
-    print(f"\nplot: {path.with_suffix('.png')}\nfigures: {path}, after {result['seconds']:.0f} s")
+    save_svg(partial(draw, result), (9, 3.6), path.with_suffix(".svg"))
+    print(f"\nplot: {path.with_suffix('.svg')}\nfigures: {path}, after {result['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

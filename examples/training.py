@@ -55,17 +55,20 @@ def make_model(task: Task, loss: Loss, settings: dict) -> nn.Sequential:
 
 
 def fit_best_epoch(
-    model: nn.Module, criterion: nn.Module, task: Task, settings: dict, epochs: int, batch: int, keep_by: str
-) -> dict:
-    """Trains `model` and leaves it as it was after the epoch that was best on the validation rows.
+    task: Task, loss: Loss, settings: dict, seed: int, epochs: int, batch: int, keep_by: str
+) -> tuple[nn.Module, dict]:
+    """Trains a model of a task under a loss.
 
     Args:
-        settings: lr, weight_decay and eps of AdamW; with momentum in place of eps, of SGD.
+        settings: lr, weight_decay and eps of AdamW, with momentum in place of eps of SGD; and those of the loss.
         keep_by: The measure of the validation rows that chooses the epoch, a name of `measure`'s.
 
     Returns:
-        The measures of the validation rows in that epoch, and its number, from 1.
+        The model as it was after the epoch that was best on the validation rows, the measures of these rows in that
+        epoch, and its number, from 1.
     """
+    torch.manual_seed(seed)
+    model, criterion = make_model(task, loss, settings), loss.make(settings, task.count().tolist())
     chosen = {name: settings[name] for name in ("lr", "weight_decay", "eps", "momentum") if name in settings}
     is_sgd = "momentum" in chosen
     optimizer = (torch.optim.SGD if is_sgd else torch.optim.AdamW)(model.parameters(), fused=True, **chosen)
@@ -82,5 +85,4 @@ def fit_best_epoch(
                 best, state = found, {name: value.clone() for name, value in model.state_dict().items()}
             model.train()
     model.load_state_dict(state)
-    model.eval()
-    return best
+    return model.eval(), best

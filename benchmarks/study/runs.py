@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-import torch
-
 from benchmarks.study.losses import LOSSES
 from examples.evaluation import measure
 from examples.tasks import load
-from examples.training import fit_best_epoch, make_model
+from examples.training import fit_best_epoch
 
 
 def run(job: dict, cache: Path) -> dict:
     """Trains one model as `job` says and measures it, in stage "test" on the test rows, else on the validation rows."""
-    task, loss, settings = load(job["data"], cache), LOSSES[job["loss"]], job["settings"]
-    torch.manual_seed(job["seed"])
-    model = make_model(task, loss, settings)
-    criterion = loss.make(settings, task.count().tolist())
-    found = fit_best_epoch(model, criterion, task, settings, job["epochs"], job["batch"], job["keep_by"])
+    task = load(job["data"], cache)
+    how = (job[name] for name in ("settings", "seed", "epochs", "batch", "keep_by"))
+    model, found = fit_best_epoch(task, LOSSES[job["loss"]], *how)
     return job | found | (measure(model, task, "test") if job["stage"] == "test" else {})

@@ -90,11 +90,8 @@ def test_the_best_epoch_on_validation_rows_is_kept(monkeypatch, tiny):
 
     monkeypatch.setattr(training, "measure", measure)
     job = make_job("cross-entropy", epochs=4)
-    torch.manual_seed(0)
-    model = training.make_model(tiny, LOSSES["cross-entropy"], {})
-    found = training.fit_best_epoch(
-        model, torch.nn.CrossEntropyLoss(), tiny, job["settings"], job["epochs"], job["batch"], job["keep_by"]
-    )
+    how = (job[name] for name in ("settings", "seed", "epochs", "batch", "keep_by"))
+    model, found = training.fit_best_epoch(tiny, LOSSES["cross-entropy"], *how)
     assert found == {"macro top-5": 0.7, "epoch": 2}
     assert torch.equal(model[-1].weight, weights[1]) and not torch.equal(weights[1], weights[2])
     assert not model.training
