@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(RESULTS / "gradient.json", report)
     if not args.no_times:
         effort = Effort(3, 0.2) if args.quick else Effort(15, 2.0)
-        harness.measure(list_entries(args.quick), list_candidates, args.device, effort, times, path)
+        harness.measure(list_entries(args.quick), list_candidates(args.device), args.device, effort, times, path)
         for entry, result in zip(list_entries(args.quick), times["cases"]):
             result["variance"] = {name: measure_variance(name, entry.case, args.device) for name in result["ms"]}
         if path is not None:

@@ -105,7 +105,7 @@ class Step:
 
 def measure(
     entries: list[Entry],
-    candidates: Callable[[str], dict[str, Candidate]],
+    candidates: dict[str, Candidate],
     device: str,
     effort: Effort,
     report: dict,
@@ -117,7 +117,7 @@ def measure(
         case.check(entry.names, device)
         batch = case.make_batch(device)
         for name in entry.names:
-            found = try_out(name, candidates(device)[name], case, batch, device)
+            found = try_out(name, candidates[name], case, batch, device)
             (left_out if isinstance(found, str) else steps)[name] = found
         samples = sample_in_turn({name: step.passes for name, step in steps.items()}, device, effort)
         peaks = {name: step.peak_bytes() for name, step in steps.items()}
@@ -222,14 +222,6 @@ def describe(result: dict) -> str:
     return "\n  ".join([*lines, *(f"{name} left out: {reason}" for name, reason in result["left_out"].items())])
 
 
-def measure_copy_bandwidth() -> float:
-    """Bytes that a copy of 2 GiB on the GPU reads and writes in a second: the bound of a step's speed."""
-    x = torch.empty(2**29, device="cuda")
-    y = torch.empty_like(x)
-    times = [time_passes([lambda: y.copy_(x)], "cuda")[0] for _ in range(23)]
-    return 2 * x.numel() * 4 / (statistics.median(times[3:]) * 1e-3)
-
-
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,10 +238,10 @@ def begin(args: argparse.Namespace, prefix: str = "") -> tuple[dict, Path | None
         SystemExit: if the device is missing.
     """
     torch.set_num_threads(1)
-    if args.device == "cpu":
-        path = args.out or (None if args.quick else RESULTS / f"{prefix}cpu.json")
-        return {"environment": environment("cpu"), "cases": []}, path
-    if not torch.cuda.is_available():
-        raise SystemExit("--device cuda needs a GPU that torch.cuda sees")
-    report = {"environment": environment("cuda"), "copy_bytes_per_second": measure_copy_bandwidth(), "cases": []}
-    return report, args.out or Path(os.environ.get("OUT", ROOT / "out")) / f"{prefix}gpu.json"
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("--device cuda needs a GPU that torch.cuda sees")
+        path = Path(os.environ.get("OUT", ROOT / "out")) / f"{prefix}gpu.json"
+    else:
+        path = None if args.quick else RESULTS / f"{prefix}cpu.json"
+    return {"environment": environment(args.device), "cases": []}, args.out or path

@@ -1,8 +1,8 @@
 """Linear layer + loss of many classes against linear + cross-entropy: time of each pass, and peak extra memory.
 
-The peers are ``F.cross_entropy(F.linear(x, weight), y)``, the plain form; torch's linear_cross_entropy, in its chunked
-form, where this torch has one; and on a GPU Liger-Kernel's fused linear cross-entropy and cut-cross-entropy, where they
-are installed. The optimizer's step is Adam on a dense gradient and SparseAdam on a sparse one; both are torch's.
+The peers are ``F.cross_entropy(F.linear(x, weight), y)``, the plain form, and torch's linear_cross_entropy, in its
+chunked form, where this torch has one. The optimizer's step is Adam on a dense gradient and SparseAdam on a sparse one;
+both are torch's.
 
     python -m benchmarks.linear                    # writes results/linear_cpu.json
     python -m benchmarks.linear --quick            # fewer samples, the first case; prints only
@@ -24,14 +24,20 @@ from topk_fast.functional import (
     sampled_cross_entropy,
 )
 
-PLAIN, SPARSE = "linear + cross-entropy", ", sparse_grad"
-OWN = {f"sampled cross-entropy, B = {b}": partial(linear_sampled_cross_entropy, n_sample=b) for b in (1, 5, 16, 64)} | {
-    "noised top-5, B = 5": partial(linear_noised_topk_loss, k=5, epsilon=1.0, n_sample=5)
+PLAIN, SAMPLED, TOPK = "linear + cross-entropy", "sampled cross-entropy, B = 16", "noised top-5, B = 5"
+SPARSE = f"{SAMPLED}, sparse_grad"
+OWN = {f"sampled cross-entropy, B = {b}": partial(linear_sampled_cross_entropy, n_sample=b) for b in (1, 5, 16, 64)}
+OWN |= {
+    SPARSE: partial(OWN[SAMPLED], sparse_grad=True),
+    TOPK: partial(linear_noised_topk_loss, k=5, epsilon=1.0, n_sample=5),
 }
-CHECKED = {  # of our losses, the form on logits
-    "sampled cross-entropy, B = 16": sampled_cross_entropy,
-    "noised top-5, B = 5": noised_topk_loss,
+ON_LOGITS = {SAMPLED: sampled_cross_entropy, TOPK: noised_topk_loss}
+CANDIDATES = {PLAIN: Candidate(lambda c: lambda x, weight, y: F.cross_entropy(F.linear(x, weight), y))} | {
+    name: Candidate(lambda c, loss=loss: loss, own=True, sparse=name == SPARSE) for name, loss in OWN.items()
 }
+if hasattr(F, "linear_cross_entropy"):
+    CHUNKED = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    CANDIDATES["torch's linear_cross_entropy"] = Candidate(lambda c: CHUNKED)
 # By device; `make gpu` has little time for its cases.
 EFFORT = {"cpu": Effort(20, 30), "cuda": Effort(30, 1)}
 
@@ -65,7 +71,7 @@ class Case(NamedTuple):
             SystemExit: if it has not.
         """
         (x, weight), y, _ = self._replace(N=16).make_batch(device, exact=True)
-        for name, on_logits in CHECKED.items():
+        for name, on_logits in ON_LOGITS.items():
             loss, common = OWN[name].func, OWN[name].keywords | dict(seed=1, sampler="dense", reduction="none")
             results = []
             for value in (
@@ -86,38 +92,7 @@ def list_entries(quick: bool, device: str) -> list[Entry]:
         cases.append(Case(8192, 1024, 131_072))
     else:
         cases = [Case(256, 128, length) for length in (100_000, 1_000_000)]
-    names = tuple(list_candidates(device))
-    return [Entry("linear", case, names) for case in (cases[:1] if quick else cases)]
-
-
-def list_candidates(device: str) -> dict[str, Candidate]:
-    """The losses of (x, weight, y) by name."""
-    out = {PLAIN: Candidate(lambda c: lambda x, weight, y: F.cross_entropy(F.linear(x, weight), y))}
-    for name, loss in OWN.items():
-        out[name] = Candidate(lambda c, loss=loss: loss, own=True)
-        if name == "sampled cross-entropy, B = 16":
-            loss = partial(loss, sparse_grad=True)
-            out[name + SPARSE] = Candidate(lambda c, loss=loss: loss, own=True, sparse=True)
-    if hasattr(F, "linear_cross_entropy"):
-        chunked = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-        out["torch's linear_cross_entropy"] = Candidate(lambda c: chunked)
-    if device == "cuda":
-        out["Liger-Kernel"] = Candidate(make_liger)
-        out["cut-cross-entropy"] = Candidate(make_cut)
-    return out
-
-
-def make_liger(case: Case):
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    liger = LigerFusedLinearCrossEntropyLoss()
-    return lambda x, weight, y: liger(weight, x, y)
-
-
-def make_cut(case: Case):
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy
+    return [Entry("linear", case, tuple(CANDIDATES)) for case in (cases[:1] if quick else cases)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     report, path = harness.begin(args, "linear_")
     todo = list_entries(args.quick, args.device)
     effort = Effort(3) if args.quick else EFFORT[args.device]
-    harness.measure(todo, list_candidates, args.device, effort, report, path)
+    harness.measure(todo, CANDIDATES, args.device, effort, report, path)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m benchmarks.loss --device cuda                         # writes $OUT/gp
 ncu ... python -m benchmarks.loss --device cuda --once          # a step of each shape, for a profiler
 """
 
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import topk_fast
 from benchmarks import harness
 from benchmarks.cases import Case, list_own_backends, make_scores
 from benchmarks.harness import Candidate, Effort, Entry
-from benchmarks.peers import GPU_PEERS, PEERS
+from benchmarks.peers import PEERS
 
 # The design's goals by L, as ratios of times: to cross-entropy at n_sample 5, to pytopk at n_sample 10.
 GOALS = {100: (4, 1 / 8), 1000: (1.5, 1 / 40), 10_000: (0.6, 1 / 150), 100_000: (0.3, 1 / 300)}
@@ -40,7 +39,7 @@ def list_entries(quick: bool, device: str) -> list[Entry]:
         entries = []
         for b, (n, length), dtype in product((10,) if quick else (10, 5, 32), GPU_SHAPES, ("float32", "bfloat16")):
             names = (*list_own_backends("cuda"), *BASIC[1:3], "cross-entropy compiled")
-            names += ("pytopk",) * (n * length * b <= NOISE) + ("Liger",) * bool(find_spec("liger_kernel"))
+            names += ("pytopk",) * (n * length * b <= NOISE)
             entries.append(Entry("length", Case(n, length, n_sample=b, dtype=dtype), names))
         return entries
     if quick:
@@ -74,7 +73,7 @@ def list_candidates(device: str) -> dict[str, Candidate]:
     def on(backend: str) -> Candidate:
         return Candidate(lambda c: topk_fast.BalNoisedTopK(c.k, c.epsilon, c.n_sample, backend=backend), own=True)
 
-    return PEERS | GPU_PEERS | {backend: on(backend) for backend in list_own_backends(device)}
+    return PEERS | {backend: on(backend) for backend in list_own_backends(device)}
 
 
 def measure_instruction_sets(report: dict, path: Path | None) -> None:
@@ -83,7 +82,7 @@ def measure_instruction_sets(report: dict, path: Path | None) -> None:
     for name in names:
         topk_fast._C.use_isa(name)
         entries = [Entry(name, Case(n, length, n_sample=5), OWN) for n, length in GOAL_SHAPES[:3]]
-        harness.measure(entries, list_candidates, "cpu", EFFORT["cpu"], report, path)
+        harness.measure(entries, PEERS, "cpu", EFFORT["cpu"], report, path)
     if names:
         topk_fast._C.use_isa(names[0])
 
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         make_scores("species", *SPECIES, "float32", args.device)  # a missing file raises now, not halfway
     report, path = harness.begin(args)
     report["goals"] = GOALS
-    harness.measure(todo, list_candidates, args.device, EFFORT[args.device], report, path)
+    harness.measure(todo, list_candidates(args.device), args.device, EFFORT[args.device], report, path)
     if args.device == "cpu":
         measure_instruction_sets(report, path)
 

@@ -13,13 +13,14 @@ from statistics import mean, stdev
 
 from benchmarks import ROOT
 from benchmarks.committed import bias_is_seen, median, result
+from benchmarks.linear import PLAIN, SAMPLED, TOPK
 from benchmarks.markdown import grid, ms, show, time_and_ratio, where, with_ratio
+from benchmarks.peers import PEERS
 from benchmarks.study.tables import TABLES as STUDY
 
 IMAGES = ROOT / "docs" / "img"
 PAGES = ("README.md", "docs/choosing.md", "docs/performance.md", "docs/study.md")
 LOSSES = ("cross-entropy", "topk_fast", "sampled cross-entropy", "pytopk")
-PLAIN = "linear + cross-entropy"
 # Of the sampled cross-entropy's time and memory to PLAIN, at L = 100 000; with sparse_grad the second of each.
 LINEAR_GOALS = {"time": (0.4, 0.35), "memory": (0.25, 0.1)}
 LOGITS = {"species": "logits of the 16S model", "species_logits": "logits of the 16S model", "normal": "N(0, 1)"}
@@ -49,7 +50,7 @@ def speed_table() -> str:
     linear, report, rows = result("linear_cpu"), result("cpu"), []
     for case in cases_of(linear, "linear"):
         row = ["layer and loss, N, D, L = {N}, {D}, {L}".format(**case)]
-        for name in (PLAIN, "sampled cross-entropy, B = 16", "noised top-5, B = 5"):
+        for name in (PLAIN, SAMPLED, TOPK):
             time, peak = case["ms"][name]["both"]["median"], case["peak_bytes"][name]
             shares = time / case["ms"][PLAIN]["both"]["median"], peak / case["peak_bytes"][PLAIN]
             row.append(f"{ms(time)} ms ({shares[0]:.2f}), {peak / 2**20:.0f} MiB ({shares[1]:.2f})")
@@ -100,8 +101,6 @@ def instructions_table() -> str:
 
 def peers_table() -> str:
     """Every peer at two shapes: time, its ratio to cross-entropy, peak memory in units of the scores."""
-    from benchmarks.peers import PEERS  # needs torch, which no other table does
-
     report = result("cpu")
     cases, rows = cases_of(report, "peers"), []
     names = [name for name in PEERS if all(name in c["ms"] for c in cases)]
@@ -147,7 +146,7 @@ def head_table() -> str:
     """The head over all species: what a training step takes, with its ratio to cross-entropy, and the accuracy."""
     report, memory = result("all_species"), result("all_species_memory")
     peaks = {name: found["MiB a step"] for name, found in memory["losses"].items()}
-    names = {"cross-entropy": PLAIN, "sampled": "sampled cross-entropy, B = 16", "topk": "noised top-5, B = 5"}
+    names = {"cross-entropy": PLAIN, "sampled": SAMPLED, "topk": TOPK}
     plain, rows = report["losses"]["cross-entropy"], []
     for name, found in report["losses"].items():
         cells = [with_ratio(found[key], "ms", plain[key]) for key in ("ms a step", "CPU ms a step")]

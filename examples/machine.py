@@ -23,10 +23,7 @@ import topk_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 # Packages that a figure may depend on; torch and Triton stand in topk_fast.build_info().
-PACKAGES = (
-    *("numpy", "torchmetrics", "matplotlib", "tqdm"),
-    *("pytopk", "difftopk", "liger_kernel", "cut_cross_entropy"),
-)
+PACKAGES = ("numpy", "matplotlib", "tqdm", "pytopk", "difftopk")
 
 
 def environment(device: str = "cpu") -> dict:
