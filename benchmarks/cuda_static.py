@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import RESULTS, ROOT
 from benchmarks.model.sass import readable, tool
 from examples.machine import stamp
-from examples.report import write_json
+from examples.report import table, write_json
 
 SOURCE, RESULT = ROOT / "csrc" / "cuda" / "kernels.cu", RESULTS / "cuda_static.json"
 FLAGS = ["-O3", "-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}"]
@@ -97,10 +97,8 @@ def main():
     if arguments.quick:
         print(json.dumps(facts, indent=1))
         return
-    columns = [c for c in facts[0] if c != "forbidden"]
-    width = {c: max(len(c), *(len(str(row[c])) for row in facts)) for c in columns}
-    for row in [dict(zip(columns, columns)), *facts]:
-        print("  ".join(str(row[c]).rjust(width[c]) for c in columns))
+    columns = [name for name, value in facts[0].items() if isinstance(value, int)]
+    print(table({f"{row['target']} {row['kernel']}": {c: row[c] for c in columns} for row in facts}, unit=1, digits=0))
     environment = {
         "nvcc": re.search(r"release ([\d.]+)", run("nvcc", "--version")).group(1),
         **stamp(),

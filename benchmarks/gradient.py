@@ -17,6 +17,7 @@ samples then add 1 / B of the label's own variance; with labels of data that is 
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -147,15 +148,13 @@ def compare_differences(length: int = 300, n: int = 12) -> list[dict]:
     options = [*itertools.product(("balanced", "imbalanced"), (1, 5), (3, 10), (0.0, 0.3, 3.0), ("thinned", "dense"))]
     options += itertools.product(("sampled cross-entropy",), (0,), (3, 16), (1.0,), ("thinned", "dense"))
     for kind, k, n_sample, epsilon, sampler in options:
-        common = dict(n_sample=n_sample, seed=3, reduction="none", sampler=sampler)
-
-        def loss(s, kind=kind, k=k, epsilon=epsilon, common=common):
-            if kind == "balanced":
-                return functional.bal_noised_topk_loss(s, target, k, epsilon, **common)
-            if kind == "imbalanced":
-                return functional.imbal_noised_topk_loss(s, target, k, margins, epsilon=epsilon, scale=10.0, **common)
-            return functional.sampled_cross_entropy(s, target, **common)
-
+        common = dict(target=target, n_sample=n_sample, seed=3, reduction="none", sampler=sampler)
+        top = dict(k=k, epsilon=epsilon)
+        loss = {
+            "balanced": partial(functional.bal_noised_topk_loss, **top, **common),
+            "imbalanced": partial(functional.imbal_noised_topk_loss, margins=margins, scale=10.0, **top, **common),
+            "sampled cross-entropy": partial(functional.sampled_cross_entropy, **common),
+        }[kind]
         leaf = scores.clone().requires_grad_()
         analytic = torch.autograd.grad(loss(leaf).sum(), leaf)[0]
         shifts = h * torch.eye(length, dtype=torch.double)

@@ -1,8 +1,8 @@
 """Every table and plot of README.md and docs/, from the committed JSON of benchmarks/results.
 
 A table stands between the marks ``<!-- NAME table -->`` and ``<!-- end -->`` of a page, a plot in docs/img. Each plot
-names in its metadata the digest of the results that it was made from, so that a test can tell a stale plot. Columns and
-rows whose figures have not been measured are left out.
+names in its metadata the digest of the results that it was made from, so that a test can tell a stale plot. Columns
+whose figures have not been measured are left out.
 
     python -m benchmarks.tables            # or: make tables
 """
@@ -12,9 +12,8 @@ from collections.abc import Callable
 from statistics import mean, stdev
 
 from benchmarks import ROOT
-from benchmarks.committed import bias_is_seen, median, result
+from benchmarks.committed import bias_is_seen, grid, median, ms, result, show, time_and_ratio, where, with_ratio
 from benchmarks.linear import PLAIN, SAMPLED, TOPK
-from benchmarks.markdown import grid, ms, show, time_and_ratio, where, with_ratio
 from benchmarks.peers import PEERS
 from benchmarks.study.tables import TABLES as STUDY
 
@@ -24,7 +23,6 @@ LOSSES = ("cross-entropy", "topk_fast", "sampled cross-entropy", "pytopk")
 # Of the sampled cross-entropy's time and memory to PLAIN, at L = 100 000; with sparse_grad the second of each.
 LINEAR_GOALS = {"time": (0.4, 0.35), "memory": (0.25, 0.1)}
 LOGITS = {"species": "logits of the 16S model", "species_logits": "logits of the 16S model", "normal": "N(0, 1)"}
-MISSING = "`make bench-full` measures these figures; they have not been measured yet."
 
 
 def cases_of(report: dict, *groups: str) -> list[dict]:
@@ -38,7 +36,7 @@ def times_table(cases: list[dict], columns: dict[str, Callable[[dict], str]], no
     rows = [[*(cell(c) for cell in columns.values()), *(time_and_ratio(c, name) for name in names)] for c in cases]
     note += " The sampled cross-entropy has B = 16." * ("sampled cross-entropy" in names)
     note += " In brackets stands the ratio to cross-entropy." * ("cross-entropy" in names)
-    return show([*columns, *names], rows, note, report) if cases else MISSING
+    return show([*columns, *names], rows, note, report)
 
 
 def shape(case: dict) -> str:

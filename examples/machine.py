@@ -38,15 +38,7 @@ def environment(device: str = "cpu") -> dict:
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return (
-        out
-        | versions
-        | {
-            "topk_fast": topk_fast.__version__,
-            **topk_fast.build_info(),
-            **stamp(),
-        }
-    )
+    return out | versions | {"topk_fast": topk_fast.__version__} | topk_fast.build_info() | stamp()
 
 
 def stamp() -> dict[str, str]:

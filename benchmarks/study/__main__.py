@@ -20,20 +20,18 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.study.jobs import ABLATED, PLANS, ablation_jobs, collect, jobs, left_of, records
-from benchmarks.study.losses import LOSSES
-from benchmarks.study.runs import run
+from benchmarks.study.jobs import ABLATED, PLANS, ablation_jobs, collect, jobs, left_of, records, run
 from examples.machine import stamp
 from examples.tasks import load
+
+RESULT = RESULTS / "study.json"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=list(PLANS), nargs="+", default=list(PLANS))
-    parser.add_argument("--losses", choices=list(LOSSES), nargs="+", default=list(LOSSES), metavar="LOSS")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--collect", action="store_true", help="run nothing; put the records into the result")
-    parser.add_argument("--result", type=Path, default=RESULTS / "study.json", help="the collected runs")
     parser.add_argument("--cache", type=Path, default=ROOT / "data", help="folder of downloaded and rendered data")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study", help="folder of the records")
     return parser.parse_args()
@@ -42,7 +40,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.collect:
-        collect(args.out, args.cache, args.result)
+        collect(args.out, args.cache, RESULT)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -56,7 +54,7 @@ def main() -> None:
         stages = [(name, partial(jobs, name)) for name in args.data]
         stages += [("ablations", ablation_jobs)] * (ABLATED in args.data)
         for name, wanted in stages:
-            while left := left_of(wanted(done := records(args.out, args.result)), done, args.losses):
+            while left := left_of(wanted(done := records(args.out, RESULT)), done):
                 results = pool.imap_unordered(partial(run, cache=args.cache), left)
                 for record in tqdm(results, name, total=len(left), unit="run"):
                     file.write(json.dumps(record | origin) + "\n")

@@ -1,4 +1,4 @@
-"""The runs that the study's plan asks for, those on record, and their collection in one file."""
+"""The runs that the study's plan asks for, a run itself, those on record, and their collection in one file."""
 
 import json
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.study.losses import BALANCED_DATA, IMBALANCED, LOSSES
+from examples.evaluation import measure
 from examples.losses import BALANCED, EPS, MOMENTUM, OPTIMIZER, SGD
 from examples.machine import environment
 from examples.tasks import load
+from examples.training import fit_best_epoch
 
 SEEDS = (1, 2, 3, 4, 5)
 TRIAL_SEED = 0
@@ -124,10 +126,18 @@ def ablation_jobs(done: list[dict]) -> list[dict]:
     ]
 
 
-def left_of(wanted: list[dict], done: list[dict], losses: Sequence[str] = ALL) -> list[dict]:
-    """The wanted jobs of some losses that are not on record."""
+def run(job: dict, cache: Path) -> dict:
+    """Trains one model as `job` says and measures it, in stage "test" on the test rows, else on the validation rows."""
+    task = load(job["data"], cache)
+    how = (job[name] for name in ("settings", "seed", "epochs", "batch", "keep_by"))
+    model, found = fit_best_epoch(task, LOSSES[job["loss"]], *how)
+    return job | found | (measure(model, task, "test") if job["stage"] == "test" else {})
+
+
+def left_of(wanted: list[dict], done: list[dict]) -> list[dict]:
+    """The wanted jobs that are not on record."""
     have = {key_of(record) for record in done}
-    return [job for job in wanted if job["loss"] in losses and key_of(job) not in have]
+    return [job for job in wanted if key_of(job) not in have]
 
 
 def key_of(job: dict) -> str:

@@ -5,8 +5,7 @@ from statistics import mean
 
 from scipy.stats import ttest_1samp
 
-from benchmarks.committed import result, spread
-from benchmarks.markdown import grid
+from benchmarks.committed import grid, result, spread
 from benchmarks.study.jobs import ABLATED, ABLATIONS, PLANS
 from examples.losses import EPS
 
