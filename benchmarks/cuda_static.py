@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import RESULTS, ROOT
 from benchmarks.model.sass import readable, tool
 from examples.machine import stamp
-from examples.report import table, write_json
+from examples.report import table, write
 
 SOURCE, RESULT = ROOT / "csrc" / "cuda" / "kernels.cu", RESULTS / "cuda_static.json"
 FLAGS = ["-O3", "-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}"]
@@ -104,7 +104,7 @@ def main():
         **stamp(),
         "note": "compiled and counted, not run: no GPU took part",
     }
-    write_json(RESULT, {"environment": environment, "kernels": facts})
+    write(RESULT, {"environment": environment, "kernels": facts})
 
 
 if __name__ == "__main__":

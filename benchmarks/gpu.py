@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import ROOT
 from examples.machine import environment
-from examples.report import write_json
+from examples.report import write
 
 TESTS = ["tests/contract/test_contract.py", "tests/kernels/test_cuda.py", "tests/kernels/test_triton.py"]
 # The sanitizers make kernels tens of times slower, so they get only a few cases, which reach each kernel: lists that
@@ -131,7 +131,7 @@ def run_all(todo: list[Step], folder: Path, seconds: float) -> list[str]:
         for step in todo:
             ended = run(step, log, folder, end - time.monotonic())
             report["steps"].append(ended)
-            write_json(folder / "steps.json", report)
+            write(folder / "steps.json", report)
             print(f"{step.name:10} {ended['seconds']:6.1f} s  {described(ended)}", flush=True)
     signal.signal(signal.SIGINT, before)
     good = ("passed", "cut short, with results")

@@ -29,7 +29,7 @@ from benchmarks.cases import SPECIES, SPECIES_COMMAND, Case
 from benchmarks.harness import Effort, Entry
 from benchmarks.loss import EQUAL, list_candidates
 from examples.machine import environment
-from examples.report import write_json
+from examples.report import write
 from topk_fast import functional
 
 K, EPSILON = 5, 1.0
@@ -203,14 +203,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         print(json.dumps(report, indent=1))
     else:
-        write_json(RESULTS / "gradient.json", report)
+        write(RESULTS / "gradient.json", report)
     if not args.no_times:
         effort = Effort(3, 0.2) if args.quick else Effort(15, 2.0)
         harness.measure(list_entries(args.quick), list_candidates(args.device), args.device, effort, times, path)
         for entry, result in zip(list_entries(args.quick), times["cases"]):
             result["variance"] = {name: measure_variance(name, entry.case, args.device) for name in result["ms"]}
         if path is not None:
-            write_json(path, times)
+            write(path, times)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import RESULTS, ROOT
 from examples.machine import environment, measure_peak
-from examples.report import write_json
+from examples.report import write
 
 FEWEST = 3  # samples of every candidate, even if a step takes long
 BRIEF = 0.1  # seconds; a shorter step would feel the caches of the previous candidate, and is repeated for this long
@@ -125,7 +125,7 @@ def measure(
         result = {"group": entry.group, **case._asdict(), "ms": times, "left_out": left_out, "peak_bytes": peaks}
         report["cases"].append(result)
         if path is not None:
-            write_json(path, report)
+            write(path, report)
         print(describe(result), flush=True)
 
 

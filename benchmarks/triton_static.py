@@ -28,7 +28,7 @@ from benchmarks import RESULTS
 from benchmarks.cuda_static import counts_of, forbidden_in, machine_code, run
 from benchmarks.model.sass import tool
 from examples.machine import stamp
-from examples.report import write_json
+from examples.report import write
 
 KERNELS = (collect.collect_kernel, search.search_kernel, gradient.gradient_kernel)
 LAWS = ("normal", "gumbel")
@@ -200,7 +200,7 @@ def main():
     note = "compiled and counted, not run: no GPU took part"
     environment = {"triton": triton.__version__, **stamp(), "note": note}
     counts = {name: variants(calls())[0] for name, calls in VARIANTS.items()}
-    write_json(RESULT, {"environment": environment, "variants": counts, "kernels": report})
+    write(RESULT, {"environment": environment, "variants": counts, "kernels": report})
     print(json.dumps(counts, indent=1))
 
 

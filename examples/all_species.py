@@ -27,7 +27,7 @@ from examples.data_sets import species
 from examples.data_sets.dataset import Dataset, shuffle_within_classes
 from examples.machine import environment, measure_peak
 from examples.networks import LinearCrossEntropy
-from examples.report import table, write_json
+from examples.report import table, write
 from examples.training import take_steps
 from topk_fast import BalNoisedTopK, LinearHead, SampledCrossEntropy
 
@@ -178,7 +178,7 @@ def main() -> None:
     if group is None or group.rank() == 0:
         if not args.memory_only:
             show(result)
-        write_json(args.out, result)
+        write(args.out, result)
         print(f"\nfigures: {args.out}")
     if group is not None:
         dist.barrier()

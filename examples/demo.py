@@ -25,7 +25,7 @@ from examples.data_sets.dataset import Dataset
 from examples.evaluation import curve, ranks_of, summarize
 from examples.losses import CROSS_ENTROPY, LOSSES, SOFTPLUS, chosen_settings
 from examples.machine import environment
-from examples.report import table, write_json
+from examples.report import table, write
 from examples.style import COLOURS, MARKERS, save_svg
 from examples.tasks import Task, load
 from examples.training import fit_best_epoch
@@ -132,7 +132,7 @@ def main() -> None:
     all_species.show(result["head"])
     result["seconds"] = round(time.perf_counter() - start, 1)
     path = args.out / f"demo{'' if args.data == 'kanji' else '_' + args.data}.json"
-    write_json(path, result)
+    write(path, result)
     save_svg(partial(draw, result), (9, 3.6), path.with_suffix(".svg"))
     print(f"\nplot: {path.with_suffix('.svg')}\nfigures: {path}, after {result['seconds']:.0f} s")
 

@@ -26,7 +26,7 @@ from examples.data_sets import dictionary
 from examples.data_sets.dictionary import Text
 from examples.language_training import LENGTH, LOSSES, SEQUENCES, WIDTH, Run, perplexity, time_steps, train
 from examples.machine import PeakMemory, environment, stamp
-from examples.report import table, write_json
+from examples.report import table, write
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of all pairs of a learning rate and an eps, CHOSEN gave the lowest validation perplexity with every loss that was
@@ -110,10 +110,10 @@ def run_all(args: argparse.Namespace, text: Text) -> dict:
         del training  # before the next one is made
         result["runs"].append(asdict(run) | measured | stamp())
         result["runs"].sort(key=lambda record: (LOSSES.index(record["loss"]), record["seed"]))
-        write_json(args.out, result | {"environment": environment()})
+        write(args.out, result | {"environment": environment()})
     if not args.tune and "times" not in result:
         result["times"] = time_steps([Run(name, 0, *CHOSEN) for name in LOSSES], text, TIMED_ROUNDS)
-        write_json(args.out, result | {"environment": environment()})
+        write(args.out, result | {"environment": environment()})
     return result
 
 

@@ -18,7 +18,7 @@ def table(rows: dict[str, dict[str, float | None]], unit: float = 100.0, digits:
     return "\n".join(lines)
 
 
-def write_json(path: Path, result: dict) -> None:
+def write(path: Path, result: dict) -> None:
     """Writes a result whole or not at all: a run that is cut short leaves the last one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")

@@ -20,7 +20,7 @@ from benchmarks.harness import Candidate, Effort, Entry
 from benchmarks.peers import PEERS
 from benchmarks.study import tables as study_tables
 from examples.machine import environment, measure_peak
-from examples.report import write_json
+from examples.report import write
 
 CASE = Case(64, 100, n_sample=5)
 
@@ -169,9 +169,9 @@ def test_what_is_measured_stays(monkeypatch, tmp_path):
 
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path):
-    write_json(tmp_path / "result.json", {"cases": [1]})
+    write(tmp_path / "result.json", {"cases": [1]})
     with pytest.raises(TypeError):
-        write_json(tmp_path / "result.json", {"cases": [1, object()]})
+        write(tmp_path / "result.json", {"cases": [1, object()]})
     assert json.loads((tmp_path / "result.json").read_text()) == {"cases": [1]}
 
 
