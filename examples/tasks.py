@@ -22,7 +22,6 @@ VARIANTS = 8  # distorted images of each drawing, in training
 KEPT = 2  # of them, where the classes are balanced
 GROUP = 5  # classes with neighbouring code points that a wrong label may come from
 WRONG = 0.5  # share of labels that are redrawn from their group
-PRETRAINING = {"epochs": 4, "variants": 4, "batch": 256, "lr": 5e-3, "weight_decay": 0.05, "eps": 1e-4}
 
 
 @lru_cache(maxsize=1)
@@ -151,15 +150,15 @@ def _pretrained(images: Tensor) -> nn.Module:
     """The convolutions of a network that was trained on all drawings of other characters, [C, drawings, 1, S, S]."""
     torch.manual_seed(SEED)
     classes, width = images.shape[:2]
-    settings = dict(PRETRAINING)
-    epochs, batch, variants = (settings.pop(name) for name in ("epochs", "batch", "variants"))
+    epochs, variants, batch = 4, 4, 256
     inputs = torch.cat([distort(images.flatten(0, 1), SEED + copy) for copy in range(variants)])
     target = torch.arange(classes).repeat_interleave(width).repeat(variants)
     body, head = convolutions(images.shape[-1]), nn.Linear(FEATURES, classes)
-    optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], fused=True, **settings)
+    network = nn.Sequential(body, head)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3, weight_decay=0.05, eps=1e-4, fused=True)
 
     def loss_of(rows: Tensor) -> Tensor:
-        return F.cross_entropy(head(body(inputs[rows])), target[rows])
+        return F.cross_entropy(network(inputs[rows]), target[rows])
 
     for _ in train_epochs(loss_of, len(inputs), batch, epochs, optimizer):
         pass

@@ -1,6 +1,6 @@
 """The tables of the study, from its committed result."""
 
-from collections.abc import Callable
+from functools import partial
 from statistics import mean
 
 from scipy.stats import ttest_1samp
@@ -47,26 +47,19 @@ def runs_of(report: dict, stage: str, data: str) -> dict[str, list[dict]]:
     return {loss: own for loss in PLANS[data].losses if (own := [run for run in found if run["loss"] == loss])}
 
 
-def is_long_tailed(described: dict) -> bool:
-    return described["most"] > described["least"]
-
-
-def study_table(data: str) -> Callable[[], str]:
+def study_table(data: str) -> str:
     """Test figures of each loss on a data set."""
-
-    def made() -> str:
-        report = result("study")
-        described = report["data"][data]
-        if not described["complete"]:
-            return "The runs on these data are not complete."
-        runs = runs_of(report, "test", data)
-        # Where all classes have as many rows, the mean over classes is that over rows; wrong labels change rows only.
-        metrics = [*METRICS, *SHOTS] if is_long_tailed(described) and data != "noisy glyphs" else METRICS[:3]
-        columns = [accuracy_cells(runs, metric) for metric in metrics]
-        rows = [[loss, *(cells[loss] for cells in columns)] for loss in runs]
-        return grid(["loss", *(SHOTS.get(metric, metric) for metric in metrics)], rows)
-
-    return made
+    report = result("study")
+    described = report["data"][data]
+    if not described["complete"]:
+        return "The runs on these data are not complete."
+    runs = runs_of(report, "test", data)
+    # Where all classes have as many rows, the mean over classes is that over rows; wrong labels change rows only.
+    is_long_tailed = described["most"] > described["least"] and data != "noisy glyphs"
+    metrics = [*METRICS, *SHOTS] if is_long_tailed else METRICS[:3]
+    columns = [accuracy_cells(runs, metric) for metric in metrics]
+    rows = [[loss, *(cells[loss] for cells in columns)] for loss in runs]
+    return grid(["loss", *(SHOTS.get(metric, metric) for metric in metrics)], rows)
 
 
 def data_table() -> str:
@@ -145,7 +138,7 @@ def accuracy_table() -> str:
 
 TABLES = {
     "data": data_table,
-    **{data: study_table(data) for data in PLANS},
+    **{data: partial(study_table, data) for data in PLANS},
     "settings": settings_table,
     "eps": eps_table,
     "sgd": sgd_table,
