@@ -144,7 +144,10 @@ def compare(args: argparse.Namespace, group=None) -> dict:
     facts = {"rows": len(data.target), "classes": len(data.classes), "test rows": len(test_rows)}
     facts["seen once"] = float((count == 1).float().mean())
     if talks:
-        print(f"{facts['rows']:,} rows of {facts['classes']:,} species, {facts['seen once']:.0%} of them seen once")
+        print(
+            f"{facts['rows']:,} rows of {facts['classes']:,} species, {facts['seen once']:.0%} of them seen once; "
+            f"{facts['test rows']:,} test rows"
+        )
     result = facts | {"processes": 1 if group is None else group.size(), "losses": {}}
     for name in args.losses:
         hidden, head, found = train(name, data, train_rows, args, group)
@@ -161,11 +164,12 @@ def compare(args: argparse.Namespace, group=None) -> dict:
 
 
 def show(result: dict) -> None:
-    print(f"\nA training step, {torch.get_num_threads()} threads a process. Memory is what the step takes at its peak,")
-    print("beyond what weights, optimizers' state and data hold:")
-    print(table({name: {c: row[c] for c in COST} for name, row in result["losses"].items()}, unit=1))
-    print(f"\nAccuracy on the {result['test rows']:,} test rows, in percent:")
-    print(table({name: {c: row[c] for c in ACCURACY} for name, row in result["losses"].items()}))
+    print(
+        f"\nA training step, {torch.get_num_threads()} threads a process; accuracy in percent of test rows. Memory is"
+    )
+    print("is what a step takes at its peak, beyond what weights, optimizers' state and data hold:")
+    rows = result["losses"].items()
+    print(table({name: {c: row[c] for c in COST} | {c: 100 * row[c] for c in ACCURACY} for name, row in rows}, unit=1))
 
 
 def main() -> None:

@@ -44,10 +44,10 @@ def convolutions(size: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Dropout(0.2)).to(memory_format=torch.channels_last)  # faster on a CPU
 
 
-def kana(length: int, codes: int = 256) -> nn.Sequential:
-    """For codes of kana [N, length]: an embedding of each place's kana and two hidden layers."""
+def kana(length: int) -> nn.Sequential:
+    """For codes below 256 of kana [N, length]: an embedding of each place's kana and two hidden layers."""
     hidden = 256
-    layers = [nn.Embedding(codes, 32), nn.Flatten(), nn.Linear(32 * length, hidden, bias=False)]
+    layers = [nn.Embedding(256, 32), nn.Flatten(), nn.Linear(32 * length, hidden, bias=False)]
     layers += [nn.BatchNorm1d(hidden), nn.ReLU()]
     layers += [nn.Linear(hidden, FEATURES, bias=False), nn.BatchNorm1d(FEATURES), nn.ReLU()]
     return nn.Sequential(*layers, nn.Dropout(0.2))
