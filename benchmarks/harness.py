@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import RESULTS, ROOT
 from examples.machine import environment, measure_peak
-from examples.report import write
+from examples.report import table, write
 
 FEWEST = 3  # samples of every candidate, even if a step takes long
 BRIEF = 0.1  # seconds; a shorter step would feel the caches of the previous candidate, and is repeated for this long
@@ -212,14 +212,15 @@ def compute_quartiles(values: list[float]) -> dict:
 
 
 def describe(result: dict) -> str:
-    """A result as text."""
-    rest = {"group", "ms", "left_out", "peak_bytes"}
-    lines = [f"{result['group']}: " + " ".join(f"{key}={v}" for key, v in result.items() if key not in rest)]
+    """A result as text: the medians in milliseconds, and the peaks of memory."""
+    rows = {}
     for name, ms in result["ms"].items():
         parts = {"step": ms} if "median" in ms else ms
-        figures = [f"{part} {q['median']:.4g} ms" for part, q in parts.items()]
-        lines.append(f"{name}: {', '.join(figures)}, peak {result['peak_bytes'][name] / 2**20:.1f} MiB")
-    return "\n  ".join([*lines, *(f"{name} left out: {reason}" for name, reason in result["left_out"].items())])
+        rows[name] = {f"{part}, ms": quartiles["median"] for part, quartiles in parts.items()}
+        rows[name]["peak MiB"] = result["peak_bytes"][name] / 2**20
+    facts = (f"{key}={value}" for key, value in result.items() if key not in ("group", "ms", "left_out", "peak_bytes"))
+    left_out = (f"{name} left out: {reason}" for name, reason in result["left_out"].items())
+    return "\n".join([f"{result['group']}: {' '.join(facts)}", table(rows, unit=1, digits=3), *left_out])
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 def table(rows: dict[str, dict[str, float | None]], unit: float = 100.0, digits: int = 1) -> str:
     """Rows of figures, each multiplied by `unit`, under their names; a missing figure is a dash."""
-    columns = list(next(iter(rows.values())))
-    first = max(map(len, rows))
+    columns = list(next(iter(rows.values()), ()))
+    first = max(map(len, rows), default=0)
 
     def cell(value: float | None, column: str) -> str:
         text = "-" if value is None else f"{unit * value:.{digits}f}"
