@@ -28,7 +28,6 @@ from benchmarks import RESULTS, harness
 from benchmarks.cases import SPECIES, SPECIES_COMMAND, Case
 from benchmarks.harness import Effort, Entry
 from benchmarks.loss import EQUAL, list_candidates
-from examples.machine import environment
 from examples.report import write
 from topk_fast import functional
 
@@ -194,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{', '.join(missing)} is missing; {SPECIES.name} is made with: {SPECIES_COMMAND}")
     times, path = harness.begin(args, "gradient_")
     share = 100 if args.quick else 1
-    report = {"environment": environment("cpu"), "k": K, "epsilon": EPSILON, "L": LENGTH}
+    report = {"environment": times["environment"], "k": K, "epsilon": EPSILON, "L": LENGTH}
     report |= {"exact_samples": EXACT // share, "repetitions": REPETITIONS // share}
     report["gradcheck"] = compare_differences()
     report["quality"] = measure_quality(EXACT // share, REPETITIONS // share)

@@ -25,13 +25,12 @@ from tqdm import tqdm
 
 from examples.data_sets import species
 from examples.data_sets.dataset import Dataset, shuffle_within_classes
-from examples.machine import environment, measure_peak
+from examples.machine import ROOT, environment, measure_peak
 from examples.networks import LinearCrossEntropy
 from examples.report import table, write
 from examples.training import take_steps
 from topk_fast import BalNoisedTopK, LinearHead, SampledCrossEntropy
 
-ROOT = Path(__file__).resolve().parent.parent
 HIDDEN, BATCH, K, N_SAMPLE = 256, 256, 5, 16
 LOGIT_ROWS = 64  # test rows, drawn at random, whose logits are saved on request
 TEST_SHARE = 4  # every fourth row of a species is a test row; a species with fewer has none

@@ -24,13 +24,12 @@ from examples.data_sets import kanji, species
 from examples.data_sets.dataset import Dataset
 from examples.evaluation import curve, ranks_of, summarize
 from examples.losses import CROSS_ENTROPY, LOSSES, SOFTPLUS, chosen_settings
-from examples.machine import environment
+from examples.machine import ROOT, environment
 from examples.report import table, write
 from examples.style import COLOURS, MARKERS, save_svg
 from examples.tasks import Task, load
 from examples.training import fit_best_epoch
 
-ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("top-1", "top-5", "top-20", "macro top-5")
 HEAD = "--losses cross-entropy sampled --epochs 2".split()
 BATCH = 512
