@@ -166,7 +166,7 @@ def show(result: dict) -> None:
     print(
         f"\nA training step, {torch.get_num_threads()} threads a process; accuracy in percent of test rows. Memory is"
     )
-    print("is what a step takes at its peak, beyond what weights, optimizers' state and data hold:")
+    print("what a step takes at its peak, beyond what weights, optimizers' state and data hold:")
     rows = result["losses"].items()
     print(table({name: {c: row[c] for c in COST} | {c: 100 * row[c] for c in ACCURACY} for name, row in rows}, unit=1))
 
