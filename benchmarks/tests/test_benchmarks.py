@@ -396,14 +396,17 @@ def test_a_time_that_is_missing_says_why():
 # What runs on a GPU
 
 
+def python_step(name, seconds, code, **more):
+    return gpu.Step(name, seconds, [sys.executable, "-c", code], **more)
+
+
 def test_a_step_that_fails_hangs_or_is_missing_keeps_none_from_running(tmp_path, capsys):
-    python = [sys.executable, "-c"]
     todo = [
-        gpu.Step("bad", 20, [*python, "print('said before'); raise SystemExit(3)"]),
-        gpu.Step("hangs", 0.5, [*python, "import time; time.sleep(60)"]),
+        python_step("bad", 20, "print('said before'); raise SystemExit(3)"),
+        python_step("hangs", 0.5, "import time; time.sleep(60)"),
         gpu.Step("missing", 20, ["no-such-profiler"], optional=True),
         gpu.Step("needed", 20, ["no-such-profiler"]),
-        gpu.Step("good", 20, [*python, "print('said last')"]),
+        python_step("good", 20, "print('said last')"),
     ]
     failed = ["bad (failed with 3)", "hangs (cut short)", "needed (no-such-profiler is not installed)"]
     assert gpu.run_all(todo, tmp_path, 100) == failed
@@ -422,12 +425,9 @@ def test_a_benchmark_that_is_cut_short_has_not_failed_if_it_wrote_results(tmp_pa
     write = "(out / 'figures.json').write_text('{}')"
     if before:
         (tmp_path / "figures.json").write_text("{}")
-    steps = {
-        "writes": gpu.Step("writes", 5, [sys.executable, "-c", waits.format(write)], results="figures.json"),
-        "does not": gpu.Step("does not", 0.5, [sys.executable, "-c", waits.format("")], results="figures.json"),
-    }
-    assert gpu.run_all([steps["does not"]], tmp_path, 100) == ["does not (cut short)"]
-    assert gpu.run_all([steps["writes"]], tmp_path, 100) == []
+    does_not = python_step("does not", 0.5, waits.format(""), results="figures.json")
+    assert gpu.run_all([does_not], tmp_path, 100) == ["does not (cut short)"]
+    assert gpu.run_all([python_step("writes", 5, waits.format(write), results="figures.json")], tmp_path, 100) == []
     assert json.loads((tmp_path / "steps.json").read_text())["steps"][0]["outcome"] == "cut short, with results"
 
 
@@ -437,7 +437,7 @@ def test_the_last_line_and_the_exit_code_say_what_failed(monkeypatch, tmp_path, 
     monkeypatch.setattr(gpu, "environment", lambda device: {})
     monkeypatch.setenv("OUT", str(tmp_path))
     code = "raise SystemExit(2)" if fails else ""
-    monkeypatch.setattr(gpu, "steps", lambda quick: [gpu.Step("tests", 20, [sys.executable, "-c", code])])
+    monkeypatch.setattr(gpu, "steps", lambda quick: [python_step("tests", 20, code)])
     if fails:
         with pytest.raises(SystemExit, match=r"failed: tests \(failed with 2\); .*gpu\.log has their output"):
             gpu.main([])
@@ -495,7 +495,7 @@ def test_no_process_outlives_its_step(tmp_path, monkeypatch):
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "print('pids', os.getpid(), child.pid, flush=True); time.sleep(60)"
     )
-    assert gpu.run_all([gpu.Step("stubborn", 3, [sys.executable, "-c", code])], tmp_path, 20)
+    assert gpu.run_all([python_step("stubborn", 3, code)], tmp_path, 20)
     pids = re.search(r"^pids (\d+) (\d+)$", (tmp_path / "gpu.log").read_text(), re.MULTILINE).groups()
     for pid in pids:  # a kill is asked for, and takes its time
         deadline = time.monotonic() + 20
@@ -550,8 +550,7 @@ def test_make_gpu_needs_few_packages():
 
 
 def test_no_step_starts_after_the_time_is_up(tmp_path):
-    step = gpu.Step("late", 20, [sys.executable, "-c", "raise SystemExit(1)"])
-    assert gpu.run_all([step], tmp_path, 0) == ["late (no time left)"]
+    assert gpu.run_all([python_step("late", 20, "raise SystemExit(1)")], tmp_path, 0) == ["late (no time left)"]
     assert json.loads((tmp_path / "steps.json").read_text())["steps"][0]["outcome"] == "no time left"
 
 

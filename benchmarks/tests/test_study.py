@@ -18,8 +18,8 @@ from examples.losses import BALANCED, EPS, OPTIMIZER  # noqa: E402
 
 
 @pytest.fixture
-def tiny():
-    """Twelve clusters in 8 dimensions: 2, 6 or 20 training rows of a class."""
+def tiny(monkeypatch):
+    """Twelve clusters in 8 dimensions, which all jobs get as their data: 2, 6 or 20 training rows of a class."""
     generator = torch.Generator().manual_seed(0)
     centre = 3 * torch.randn(12, 8, generator=generator)
     count = torch.tensor([2, 6, 20]).repeat(4)
@@ -32,7 +32,9 @@ def tiny():
         inputs.append(centre[target] + torch.randn(len(target), 8, generator=generator))
         parts[part] = torch.arange(start, start + len(target)), target
         start += len(target)
-    return tasks.Task("species", 12, torch.cat(inputs), parts)
+    task = tasks.Task("species", 12, torch.cat(inputs), parts)
+    monkeypatch.setattr(jobs, "load", lambda name, cache: task)
+    return task
 
 
 def make_job(loss, **changes):
@@ -43,22 +45,19 @@ def make_job(loss, **changes):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_learns_and_is_measured(monkeypatch, tiny, loss):
-    monkeypatch.setattr(jobs, "load", lambda name, cache: tiny)
+def test_a_run_learns_and_is_measured(tiny, loss):
     record = jobs.run(make_job(loss), None)
     assert record["top-5"] > 0.8  # by chance 5 / 12
     assert record["top-1"] <= record["top-5"] <= record["top-10"] <= record["top-20"] == 1
     assert set(record) >= {"macro top-1", "macro top-5", "few", "medium", "many", "epoch"}
 
 
-def test_a_seed_fixes_a_run(monkeypatch, tiny):
-    monkeypatch.setattr(jobs, "load", lambda name, cache: tiny)
+def test_a_seed_fixes_a_run(tiny):
     job = make_job(BALANCED, epochs=3)
     assert jobs.run(job, None) == jobs.run(job, None) != jobs.run(job | {"seed": 2}, None)
 
 
-def test_a_run_with_sgd_is_another_one_and_learns(monkeypatch, tiny):
-    monkeypatch.setattr(jobs, "load", lambda name, cache: tiny)
+def test_a_run_with_sgd_is_another_one_and_learns(tiny):
     with_adam = make_job("cross-entropy")
     common = {name: with_adam["settings"][name] for name in ("weight_decay", "lr")}
     with_sgd = jobs.run(with_adam | {"settings": common | {"weight_decay": 1e-4, "momentum": 0.9}}, None)
@@ -74,7 +73,7 @@ def test_rows_of_cosine_heads_start_at_the_length_asked_for(tiny, loss):
         assert torch.allclose(rows, torch.tensor(length or 1.0))
 
 
-def test_the_offset_favours_frequent_classes_in_training_only(monkeypatch, tiny):
+def test_the_offset_favours_frequent_classes_in_training_only():
     offset = LOSSES["sampled, B = 16, offset"].make({"tau": 2.0}, [1, 9]).offset
     assert torch.allclose(offset, 2 * torch.tensor([0.1, 0.9]).log())
 
@@ -121,7 +120,6 @@ def test_a_model_that_tells_nothing_apart_has_no_hits(score):
 def test_only_the_final_runs_see_test_rows(monkeypatch, tiny):
     seen = []
     measured = {"macro top-5": 0.5}
-    monkeypatch.setattr(jobs, "load", lambda name, cache: tiny)
     for module in (jobs, training):
         monkeypatch.setattr(module, "measure", lambda model, task, part: seen.append(part) or measured)
     for stage, parts in (("trial", {"val"}), ("ablation of k", {"val"}), ("test", {"val", "test"})):
@@ -179,8 +177,7 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path):
     assert jobs.records(tmp_path, tmp_path / "none.json") == [{"a": 1}, {"a": 2}]
 
 
-def test_the_study_resumes_from_what_was_collected(monkeypatch, tmp_path, tiny, capsys):
-    monkeypatch.setattr(jobs, "load", lambda name, cache: tiny)
+def test_the_study_resumes_from_what_was_collected(tmp_path, tiny, capsys):
     first = jobs.jobs("kanji", [])
     made = [job | {"top-5": 0.5, "commit": "abc", "date": "2026-01-01"} for job in first[:7]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
