@@ -223,6 +223,14 @@ def describe(result: dict) -> str:
     return "\n".join([f"{result['group']}: {' '.join(facts)}", table(rows, unit=1, digits=3), *left_out])
 
 
+def measure_copy_bandwidth() -> float:
+    """Bytes that a copy of 2 GiB on the GPU reads and writes in a second: the bound of a step's speed."""
+    x = torch.empty(2**29, device="cuda")
+    y = torch.empty_like(x)
+    times = [time_passes([lambda: y.copy_(x)], "cuda")[0] for _ in range(23)]
+    return 2 * x.numel() * 4 / (statistics.median(times[3:]) * 1e-3)
+
+
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,10 +247,12 @@ def begin(args: argparse.Namespace, prefix: str = "") -> tuple[dict, Path | None
         SystemExit: if the device is missing.
     """
     torch.set_num_threads(1)
+    report = {"environment": environment(args.device)}
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit("--device cuda needs a GPU that torch.cuda sees")
+        report["copy_bytes_per_second"] = measure_copy_bandwidth()
         path = Path(os.environ.get("OUT", ROOT / "out")) / f"{prefix}gpu.json"
     else:
         path = None if args.quick else RESULTS / f"{prefix}cpu.json"
-    return {"environment": environment(args.device), "cases": []}, args.out or path
+    return report | {"cases": []}, args.out or path

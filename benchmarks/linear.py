@@ -1,8 +1,8 @@
 """Linear layer + loss of many classes against linear + cross-entropy: time of each pass, and peak extra memory.
 
-The peers are ``F.cross_entropy(F.linear(x, weight), y)``, the plain form, and torch's linear_cross_entropy, in its
-chunked form, where this torch has one. The optimizer's step is Adam on a dense gradient and SparseAdam on a sparse one;
-both are torch's.
+The peers are ``F.cross_entropy(F.linear(x, weight), y)``, the plain form; torch's linear_cross_entropy, in its chunked
+form, where this torch has one; and on a GPU Liger-Kernel's fused linear cross-entropy and cut-cross-entropy, where they
+are installed. The optimizer's step is Adam on a dense gradient and SparseAdam on a sparse one; both are torch's.
 
     python -m benchmarks.linear                    # writes results/linear_cpu.json
     python -m benchmarks.linear --quick            # fewer samples, the first case; prints only
@@ -38,6 +38,22 @@ CANDIDATES = {PLAIN: Candidate(lambda c: lambda x, weight, y: F.cross_entropy(F.
 if hasattr(F, "linear_cross_entropy"):
     CHUNKED = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
     CANDIDATES["torch's linear_cross_entropy"] = Candidate(lambda c: CHUNKED)
+
+
+def make_liger(case):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    liger = LigerFusedLinearCrossEntropyLoss()
+    return lambda x, weight, y: liger(weight, x, y)
+
+
+def make_cut(case):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+GPU_PEERS = {"Liger-Kernel": Candidate(make_liger), "cut-cross-entropy": Candidate(make_cut)}
 # By device; `make gpu` has little time for its cases.
 EFFORT = {"cpu": Effort(20, 30), "cuda": Effort(30, 1)}
 
@@ -92,7 +108,8 @@ def list_entries(quick: bool, device: str) -> list[Entry]:
         cases.append(Case(8192, 1024, 131_072))
     else:
         cases = [Case(256, 128, length) for length in (100_000, 1_000_000)]
-    return [Entry("linear", case, tuple(CANDIDATES)) for case in (cases[:1] if quick else cases)]
+    names = tuple(CANDIDATES) + tuple(GPU_PEERS) * (device == "cuda")
+    return [Entry("linear", case, names) for case in (cases[:1] if quick else cases)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     report, path = harness.begin(args, "linear_")
     todo = list_entries(args.quick, args.device)
     effort = Effort(3) if args.quick else EFFORT[args.device]
-    harness.measure(todo, CANDIDATES, args.device, effort, report, path)
+    harness.measure(todo, CANDIDATES | GPU_PEERS, args.device, effort, report, path)
 
 
 if __name__ == "__main__":

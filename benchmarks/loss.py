@@ -6,6 +6,7 @@ python -m benchmarks.loss --device cuda                         # writes $OUT/gp
 ncu ... python -m benchmarks.loss --device cuda --once          # a step of each shape, for a profiler
 """
 
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import topk_fast
 from benchmarks import harness
 from benchmarks.cases import Case, list_own_backends, make_scores
 from benchmarks.harness import Candidate, Effort, Entry
-from benchmarks.peers import PEERS
+from benchmarks.peers import GPU_PEERS, PEERS
 
 # The design's goals by L, as ratios of times: to cross-entropy at n_sample 5, to pytopk at n_sample 10.
 GOALS = {100: (4, 1 / 8), 1000: (1.5, 1 / 40), 10_000: (0.6, 1 / 150), 100_000: (0.3, 1 / 300)}
@@ -39,7 +40,7 @@ def list_entries(quick: bool, device: str) -> list[Entry]:
         entries = []
         for b, (n, length), dtype in product((10,) if quick else (10, 5, 32), GPU_SHAPES, ("float32", "bfloat16")):
             names = (*list_own_backends("cuda"), *BASIC[1:3], "cross-entropy compiled")
-            names += ("pytopk",) * (n * length * b <= NOISE)
+            names += ("pytopk",) * (n * length * b <= NOISE) + ("Liger",) * bool(find_spec("liger_kernel"))
             entries.append(Entry("length", Case(n, length, n_sample=b, dtype=dtype), names))
         return entries
     if quick:
@@ -73,7 +74,7 @@ def list_candidates(device: str) -> dict[str, Candidate]:
     def on(backend: str) -> Candidate:
         return Candidate(lambda c: topk_fast.BalNoisedTopK(c.k, c.epsilon, c.n_sample, backend=backend), own=True)
 
-    return PEERS | {backend: on(backend) for backend in list_own_backends(device)}
+    return PEERS | GPU_PEERS | {backend: on(backend) for backend in list_own_backends(device)}
 
 
 def measure_instruction_sets(report: dict, path: Path | None) -> None:

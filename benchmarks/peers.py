@@ -34,6 +34,12 @@ def make_difftopk(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     )
 
 
+def make_liger(case: Case) -> nn.Module:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    return LigerCrossEntropyLoss()
+
+
 PEERS = {
     "topk_fast": Candidate(
         lambda c: BalNoisedTopK(c.k, c.epsilon, c.n_sample),
@@ -74,3 +80,4 @@ PEERS = {
         "top-K cross-entropy through a differentiable sorting network over the 2 K (16 at least) best scores",
     ),
 }
+GPU_PEERS = {"Liger": Candidate(make_liger, "Liger-Kernel's cross-entropy in Triton")}

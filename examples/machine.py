@@ -23,7 +23,7 @@ import topk_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 # Packages that a figure may depend on; torch and Triton stand in topk_fast.build_info().
-PACKAGES = ("numpy", "matplotlib", "tqdm", "pytopk", "difftopk")
+PACKAGES = ("numpy", "matplotlib", "tqdm", "pytopk", "difftopk", "liger_kernel", "cut_cross_entropy")
 
 
 def environment(device: str = "cpu") -> dict:

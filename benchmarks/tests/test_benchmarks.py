@@ -257,7 +257,7 @@ def test_peak_memory_of_losses():
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
 @pytest.mark.parametrize("program", [loss, linear], ids=["loss", "linear"])
 def test_cases_name_known_losses(program, quick, device):
-    known = linear.CANDIDATES if program is linear else loss.list_candidates(device)
+    known = linear.CANDIDATES | linear.GPU_PEERS if program is linear else loss.list_candidates(device)
     for entry in program.list_entries(quick, device):
         assert set(entry.names) <= set(known) and entry.names, entry
 
