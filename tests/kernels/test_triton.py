@@ -6,6 +6,7 @@ rows of many shapes; a GPU compiles each shape for a second or more, so it gets 
 scores.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -52,6 +53,7 @@ on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams, graphs and
 if "triton" in available_backends(DEVICE):
     import triton
     import triton.language as tl
+    import triton.runtime.interpreter as interpreted
     from topk_fast.triton_kernels import bounds, collect, launch, layout
 
     @triton.jit
@@ -117,10 +119,29 @@ def seed_and_epsilon(draw):
 
 
 @pytest.fixture(autouse=True)
-def interpreted_infinities():
-    """NumPy warns of inf - inf and x / 0, where the kernels mean them and hardware says nothing."""
+def interpreter(monkeypatch):
+    """Spares the interpreter work that changes no result: it patches the language again in each call of a function,
+    and repeats each sum and product of integers in 64 bits for a check that it then leaves out.
+
+    NumPy warns of inf - inf and x / 0, where the kernels mean them and hardware says nothing.
+    """
+    if not ON_GPU:
+        patch, scopes = interpreted._patch_lang, {}
+
+        def patch_once(function):
+            module = function.__globals__["__name__"]
+            if module not in scopes:
+                scopes[module] = patch(function)
+            return interpreted._LangPatchScope()
+
+        monkeypatch.setattr(interpreted, "_patch_lang", patch_once)
+        options = dataclasses.replace(interpreted.interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreted.interpreter_builder, "options", options)
     with np.errstate(all="ignore"):
         yield
+    if not ON_GPU:
+        for scope in reversed(scopes.values()):
+            scope.restore()
 
 
 def split_rows(monkeypatch, parts):
