@@ -323,7 +323,7 @@ SHAPES = {
     "four warps a row": (2, 3000, 6, 10),
     "rows read twice": (2, 20_011, 6, 5),
     "k beyond a warp": (1, 1500, 100, 3),
-    "lists in the workspace": (1, 2500, 200, 13),
+    "lists in the workspace": (1, 2500, 200, 9),
 }
 
 
@@ -726,13 +726,16 @@ BUGS = {  # in the source, and how they show: as an error of the model or as wro
 }
 
 
-def with_bug(folder, right, wrong):
-    """A copy of the sources in which one place is wrong."""
+def float32_sources(folder, right="", wrong=""):
+    """A copy of the sources for float32 only, which compiles in a third of the time; one place in it may be wrong."""
     sources = shutil.copytree(SOURCES, folder / "csrc")
-    (place,) = (path for path in sources.rglob("*") if path.is_file() and right in path.read_text())
-    text = place.read_text()
-    assert text.count(right) == 1
-    place.write_text(text.replace(right, wrong))
+    kernels = sources / "cuda" / "kernels.cu"
+    kernels.write_text(re.sub(r"case ScoreType::k(Float64|BFloat16|Float16):.*", "", kernels.read_text()))
+    if right:
+        (place,) = (path for path in sources.rglob("*") if path.is_file() and right in path.read_text())
+        text = place.read_text()
+        assert text.count(right) == 1
+        place.write_text(text.replace(right, wrong))
     return sources
 
 
@@ -771,7 +774,7 @@ def in_a_child(function):
 @pytest.mark.parametrize("bug", [b for b in BUGS if b != "an entry too far"])
 def test_planted_bugs_are_found(tmp_path, bug):
     right, wrong, error = BUGS[bug]
-    path = compiled(tmp_path / "bug.so", with_bug(tmp_path, right, wrong), ("-Og", "-Wno-unused"))
+    path = compiled(tmp_path / "bug.so", float32_sources(tmp_path, right, wrong), ("-Og", "-Wno-unused", "-Wno-switch"))
     found = in_a_child(lambda: list(outcomes(path)))
     if error:
         assert any(isinstance(f, str) and re.search(error, f) for f in found), found
@@ -793,6 +796,7 @@ def sanitized(tmp_path, sources, select):
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=undefined",
         "-Wno-unused",
+        "-Wno-switch",
         "-Wno-clobbered",
     )
     path = compiled(tmp_path / "sanitized.so", sources, flags)
@@ -814,7 +818,7 @@ def sanitized(tmp_path, sources, select):
 @NEEDS_GXX
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_under_sanitizers(tmp_path):
-    done = sanitized(tmp_path, SOURCES, "order0 and float32 or every_order and order1 or list_holds")
+    done = sanitized(tmp_path, float32_sources(tmp_path), "order0 and float32 or every_order and order1 or list_holds")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -823,7 +827,7 @@ def test_under_sanitizers(tmp_path):
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the process with the sanitizers")
 def test_sanitizers_see_an_entry_too_far(tmp_path):
     right, wrong, _ = BUGS["an entry too far"]
-    done = sanitized(tmp_path, with_bug(tmp_path, right, wrong), "list_holds")
+    done = sanitized(tmp_path, float32_sources(tmp_path, right, wrong), "list_holds")
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr + done.stdout
 
 
