@@ -1,4 +1,4 @@
-// Prints a checksum of each function of the noise contract over many words; test_arm64.py compares two machines'.
+// Prints a checksum of each function of the noise contract over many words; test_compilers.py compares compilers'.
 #include <cstdio>
 #include <cstring>
 #include <vector>
