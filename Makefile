@@ -43,8 +43,8 @@ build: $(ENVIRONMENT)
 	@mkdir -p build
 	@$(PYTHON) setup.py --quiet build_ext --inplace $(if $(V),,> build/log || { cat build/log; exit 1; })
 
-# With pytest-xdist a worker for each core takes whole files, whose fixtures are then made once.
-PARALLEL = $$($(PYTHON) -c "import xdist; print('-n auto --dist loadfile')" 2>/dev/null)
+# With pytest-xdist a worker for each core takes whole files, whose fixtures are then made once, in conftest.py's order.
+PARALLEL = $$($(PYTHON) -c "import xdist; print('-n auto --dist loadfile --no-loadscope-reorder')" 2>/dev/null)
 test: build
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL)
 

@@ -9,7 +9,18 @@ if not torch.cuda.is_available():
     # Before anything imports triton: its kernels run in the interpreter, on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Files in this order before all others: what all else rests on, then the slowest first, for a worker that takes one of
+# them last would let the others wait.
+FIRST = (
+    *("test_contract", "test_triton", "test_cuda", "test_integrations", "test_systems", "test_compilers", "test_build"),
+    *("test_model", "test_linear", "test_site", "test_benchmarks", "test_statistics", "test_losses"),
+)
 pytest.register_assert_rewrite("testing")  # the comparisons of all backends
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(autouse=True, scope="module")

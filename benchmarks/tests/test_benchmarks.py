@@ -427,7 +427,7 @@ def test_a_benchmark_that_is_cut_short_has_not_failed_if_it_wrote_results(tmp_pa
         (tmp_path / "figures.json").write_text("{}")
     does_not = python_step("does not", 0.5, waits.format(""), results="figures.json")
     assert gpu.run_all([does_not], tmp_path, 100) == ["does not (cut short)"]
-    assert gpu.run_all([python_step("writes", 5, waits.format(write), results="figures.json")], tmp_path, 100) == []
+    assert gpu.run_all([python_step("writes", 2, waits.format(write), results="figures.json")], tmp_path, 100) == []
     assert json.loads((tmp_path / "steps.json").read_text())["steps"][0]["outcome"] == "cut short, with results"
 
 
@@ -471,7 +471,7 @@ def test_tests_that_are_cut_short_report_what_they_found(tmp_path, capsys, monke
     (tmp_path / "test_slow.py").write_text(TESTS_CUT_SHORT)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "test_slow.py")]
     try:
-        (failed,) = gpu.run_all([gpu.Step("tests", 12, command)], tmp_path, 40)
+        (failed,) = gpu.run_all([gpu.Step("tests", 6, command)], tmp_path, 40)
     finally:
         signal.signal(signal.SIGINT, kept)
     assert failed.startswith("tests (cut short: 1 failed, 2 passed in ")
@@ -495,7 +495,7 @@ def test_no_process_outlives_its_step(tmp_path, monkeypatch):
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "print('pids', os.getpid(), child.pid, flush=True); time.sleep(60)"
     )
-    assert gpu.run_all([python_step("stubborn", 3, code)], tmp_path, 20)
+    assert gpu.run_all([python_step("stubborn", 2, code)], tmp_path, 20)
     pids = re.search(r"^pids (\d+) (\d+)$", (tmp_path / "gpu.log").read_text(), re.MULTILINE).groups()
     for pid in pids:  # a kill is asked for, and takes its time
         deadline = time.monotonic() + 20

@@ -266,9 +266,9 @@ def test_excesses_and_gradients(monkeypatch, kind, number):
     [
         pytest.param(1, 20_011, 6, 10, id="ten thousands", marks=only_interpreted),
         pytest.param(1, 131_072, 6, 5, id="a long row"),
-        pytest.param(1, 120, 101, 64, id="all of k, many samples", marks=only_interpreted),
+        pytest.param(1, 120, 101, 10, id="all of k, more samples than side by side", marks=only_interpreted),
         pytest.param(1, 3000, 101, 5, id="large k"),
-        pytest.param(70, 9, 2, 3, id="rows outnumber programs", marks=only_interpreted),
+        pytest.param(20, 9, 2, 3, id="rows outnumber programs", marks=only_interpreted),
         pytest.param(1, 129, 128, 1, id="largest k"),
     ],
 )
@@ -354,9 +354,9 @@ def test_dense_class_slices_merge_to_the_whole(bounds):
 
 
 def test_row_slices_equal_the_whole(sampler):
-    scores, first = randn(3, 300), 2**31 - 2
+    scores, first = randn(2, 300), 2**31 - 1
     whole = run("triton", noised_topk_candidates, scores, 6, 1.0, 5, seed=-5, first_row=first, sampler=sampler)
-    for n in range(3):
+    for n in range(2):
         part = run(
             "triton",
             noised_topk_candidates,
