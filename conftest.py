@@ -13,7 +13,8 @@ if not torch.cuda.is_available():
 # them last would let the others wait.
 FIRST = (
     *("test_contract", "test_triton", "test_cuda", "test_integrations", "test_systems", "test_compilers", "test_build"),
-    *("test_model", "test_linear", "test_site", "test_benchmarks", "test_statistics", "test_losses"),
+    *("test_model", "test_linear", "test_backends", "test_losses", "test_sharding", "test_site", "test_statistics"),
+    *("test_benchmarks", "test_examples", "test_language_model"),
 )
 pytest.register_assert_rewrite("testing")  # the comparisons of all backends
 
