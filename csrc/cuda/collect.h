@@ -72,7 +72,7 @@ __device__ __forceinline__ int count_of(uint64_t mask) { return __popcll(mask); 
 __device__ __forceinline__ unsigned first_of(uint32_t mask) { return (unsigned)__ffs((int)mask) - 1; }
 __device__ __forceinline__ unsigned first_of(uint64_t mask) { return (unsigned)__ffsll((int64_t)mask) - 1; }
 
-// The bits of hits_of in the mask of a thread, of the load it is.
+// The hits of one of a thread's loads, at their bits of its mask.
 template <class T>
 __device__ __forceinline__ Mask<T> mask_of_load(uint32_t hits, int load) {
   return (Mask<T>)hits << (sizeof(T) == 2 ? load / 4 * 32 + load % 4 * 4 : load * kWide<T>);
@@ -147,7 +147,7 @@ struct Tiles {
     for (int bit = 0; bit < W * kLoads<T>; bit += 4) {  // of 16 bytes that are not all in the row, or that lie apart
       S x[4];
       for (int j = 0; j < 4; ++j) {
-        const int place = Threads::rank() * W + place_of_bit<TEAM, T>(bit + j), vector = place / W * W;
+        const int place = Threads::rank() * W + place_of_bit<TEAM, T>((unsigned)(bit + j)), vector = place / W * W;
         const bool is_whole = scores.stride == 1 && vector >= begin && vector + W <= end;
         x[j] = place >= begin && place < end && !is_whole ? scores[start + place] : -infinity<S>();
       }

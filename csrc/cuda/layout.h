@@ -64,7 +64,7 @@ struct Args {
   char* workspace;
   int32_t planned;    // whether there is a cut
   int32_t looked_at;  // groups that the cut is made of
-  float pilot_above;  // the cut, in mean distances of the contenders from it
+  float pilot_above;  // mean distances of the contenders from the cut, by which the pilot's scores exceed it
   float inverse_l;
   double inverse_b;
 };
