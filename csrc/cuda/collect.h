@@ -177,8 +177,7 @@ struct Found {
 // Ends a list with what each thread found; a barrier, too.
 template <int TEAM, class S>
 __device__ __forceinline__ void end_list(const Found<S>& found, Listed<S>& listed) {
-  S above_cut = found.above_cut;
-  for (int by = 16; by > 0; by /= 2) above_cut += __shfl_xor_sync(kFull, above_cut, by);
+  const S above_cut = Team<32>::sum(found.above_cut, nullptr);  // the warp's
   if (lane_of() == 0) listed.above_cut[Team<TEAM>::warp()] = above_cut;
   if (found.nan) listed.nan = true;
   Team<TEAM>::sync();
