@@ -152,11 +152,13 @@ static void group_maxima(const T* row, int64_t n_classes, int64_t stride, S* out
   using V = Vector<S>;
   int i = 0;
   if (G < V::n && stride > 1) {  // all groups, many at a time; then those looked at
-    for (int64_t group = 0; (group + V::n) * G <= n_classes; group += V::n) {
-      S all[V::n];
-      const typename V::type v = group_vector<G, V::n>(row + group * G, G);
-      memcpy(all, &v, sizeof all);
-      for (; i * stride < group + V::n; ++i) out[i] = all[i * stride - group];
+    uint32_t every = 0;  // stride-th one, from the first on
+    for (int64_t j = 0; j < kLanes; j += stride) every |= 1u << j;
+    for (int64_t group = 0; (group + kLanes) * G <= n_classes; group += kLanes) {
+      if (i * stride >= group + kLanes) continue;
+      alignas(64) S all[kLanes];
+      for (int j = 0; j < kLanes; j += V::n) store(group_vector<G, V::n>(row + (group + j) * G, G), all + j);
+      i += append(all, every << (i * stride - group) & 0xffff, out + i);
     }
   } else {
     for (const int64_t step = stride * G; (i + V::n - 1) * step + G <= n_classes; i += V::n) {
