@@ -1,6 +1,8 @@
 // The few steps that g++ does not vectorise well by itself, for the instruction set of the including file.
 #pragma once
 
+#include <utility>
+
 #include "../noise.h"
 
 #if defined(__x86_64__)
@@ -21,18 +23,6 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Lane numbers of shuffles, in tables: built lane by lane g++ makes each one anew.
-template <class Int, int kCount>
-struct Shuffles {
-  Int even[kCount], odd[kCount], swap[6][kCount];  // swap[j]: lane i takes lane i ^ 2^j
-  constexpr Shuffles() : even{}, odd{}, swap{} {
-    for (int i = 0; i < kCount; ++i) {
-      even[i] = 2 * i, odd[i] = 2 * i + 1;
-      for (int j = 0; j < 6; ++j) swap[j][i] = i ^ (1 << j);
-    }
-  }
-};
-
 template <class V, class S>
 static inline void store(V v, S* x) {
   memcpy(x, &v, sizeof v);
@@ -40,18 +30,24 @@ static inline void store(V v, S* x) {
 
 static inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
-// Lane i is lane `lanes[i]` of a and b side by side. clang++ has no such built-in, and finds the instruction in the
-// loop.
-template <class V, class M>
-static inline V shuffle(V a, V b, M lanes) {
+// Which lane of two vectors side by side lane i takes.
+struct Even {
+  static constexpr int of(int i) { return 2 * i; }
+};
+struct Odd {
+  static constexpr int of(int i) { return 2 * i + 1; }
+};
+template <int kDistance>
+struct Across {  // of the first vector
+  static constexpr int of(int i) { return i ^ kDistance; }
+};
+
+template <class From, class V, int... i>
+static inline V shuffle(V a, V b, std::integer_sequence<int, i...>) {
 #if defined(__clang__)
-  constexpr int n = sizeof(V) / sizeof(a[0]);
-  V out;
-#pragma unroll
-  for (int i = 0; i < n; ++i) out[i] = lanes[i] < n ? a[lanes[i] % n] : b[lanes[i] % n];
-  return out;
+  return __builtin_shufflevector(a, b, From::of(i)...);
 #else
-  return __builtin_shuffle(a, b, lanes);
+  return __builtin_shuffle(a, b, decltype(a > b){From::of(i)...});
 #endif
 }
 
@@ -72,7 +68,7 @@ struct Vector {
   static constexpr int n = kVectorBytes / sizeof(S);
   typedef S type __attribute__((vector_size(kVectorBytes)));
   typedef lane mask __attribute__((vector_size(kVectorBytes)));
-  static constexpr Shuffles<lane, n> shuffles{};
+  using numbers = std::make_integer_sequence<int, n>;
 
   static type load(const S* x) {
     type v;
@@ -89,18 +85,20 @@ struct Vector {
   static type smaller(type a, type b) { return a < b ? a : b; }
   // Maxima of the n pairs of neighbours in a, then b.
   static type pair_maxima(type a, type b) {
-    return larger(shuffle(a, b, lanes(shuffles.even)), shuffle(a, b, lanes(shuffles.odd)));
+    return larger(shuffle<Even>(a, b, numbers{}), shuffle<Odd>(a, b, numbers{}));
   }
-  static S largest(type a) {
-#pragma GCC unroll 6
-    for (int j = 0; 1 << j < n; ++j) a = larger(a, shuffle(a, a, lanes(shuffles.swap[j])));
-    return a[0];
-  }
+  static S largest(type a) { return reduced(a, larger)[0]; }
   // Of a sum of comparisons, each -1 where it holds.
-  static int count(mask m) {
-#pragma GCC unroll 6
-    for (int j = 0; 1 << j < n; ++j) m += shuffle(m, m, lanes(shuffles.swap[j]));
-    return -(int)m[0];
+  static int count(mask m) { return -(int)reduced(m, sum)[0]; }
+
+ private:
+  static mask sum(mask a, mask b) { return a + b; }
+  template <int kDistance = n / 2, class V, class F>
+  static V reduced(V v, F join) {
+    if constexpr (kDistance == 0)
+      return v;
+    else
+      return reduced<kDistance / 2>(join(v, shuffle<Across<kDistance>>(v, v, numbers{})), join);
   }
 };
 
