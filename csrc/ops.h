@@ -1,8 +1,8 @@
-// The ops, once for all devices: candidates, excess and gradient, from tensors to requests; link on CUDA.
+// The ops, once for all devices: candidates, excess, gradient and link, from tensors to requests.
 //
 // A Device is made for a tensor, whose device it makes current. It has `holds(tensor)`, `empty(sizes, dtype)`,
-// `readable(scores)`, `search(Search)` and `gradient(Gradient)`, and `link(Link)` where that is called. What is checked
-// here keeps memory safe; users' errors are raised by topk_fast/checks.py.
+// `readable(scores)`, `search(Search)`, `gradient(Gradient)`, `link(Link)`, and `kReduces`, whether that reduces losses
+// too. What is checked here keeps memory safe; users' errors are raised by topk_fast/checks.py.
 #pragma once
 
 #include <optional>
@@ -179,6 +179,12 @@ struct Ops {
     return out;
   }
 
+  // A loss of rows on the CPU, in the order of torch's sum.
+  template <class S>
+  static void reduce(const Link& p, const Tensor& rows) {
+    *(S*)p.losses = *(const S*)torch::stable::sum(rows).const_data_ptr() / *(const S*)p.divisor;
+  }
+
   // The losses, [N] or without dimensions, the slope [N, M], and the divisor.
   static std::tuple<Tensor, Tensor, Tensor> link(const Tensor& excess_, const Tensor& target_, int64_t ignore_index,
                                                  int64_t kind, double temperature, double margin, const Maybe& margins_,
@@ -194,6 +200,8 @@ struct Ops {
     const Tensor target = checked(device, target_, "target", ScalarType::Long, {n_rows});
     const bool is_reduced = (Reduction)reduction != Reduction::kNone;
     const Tensor losses = is_reduced ? device.empty({}, type) : device.empty({n_rows}, type);
+    Maybe rows;
+    if (!is_reduced || !Device::kReduces) rows = is_reduced ? device.empty({n_rows}, type) : losses;
     const Tensor slope = device.empty({n_rows, n_ranks}, type), divisor = device.empty({}, type);
     Link p{};
     p.excess = excess.const_data_ptr(), p.target = (const int64_t*)target.const_data_ptr();
@@ -209,8 +217,11 @@ struct Ops {
     for (int64_t m = 0; m < n_ranks; ++m) p.rank_weights[m] = rank_weights[m];
     p.kind = (LinkKind)kind, p.reduction = (Reduction)reduction, p.is_double = type == ScalarType::Double;
     p.losses = losses.mutable_data_ptr(), p.slope = slope.mutable_data_ptr();
-    p.divisor = divisor.mutable_data_ptr();
+    p.divisor = divisor.mutable_data_ptr(), p.rows = rows ? rows->mutable_data_ptr() : nullptr;
     device.link(p);
+    if constexpr (!Device::kReduces) {
+      if (is_reduced) p.is_double ? reduce<double>(p, *rows) : reduce<float>(p, *rows);
+    }
     return {losses, slope, divisor};
   }
 };

@@ -49,6 +49,7 @@ struct Link {
   Reduction reduction;
   bool is_double;
   void* losses;   // one number, or [n_rows]
+  void* rows;     // [n_rows], each row's loss, or null
   void* slope;    // [n_rows, n_ranks]: the derivative of a row's loss in its excesses
   void* divisor;  // one number, by which a mean divides; else it is 1
 };

@@ -150,7 +150,12 @@ class _Loss(Function):
 
 
 def _is_fused(search: Search, criterion) -> bool:
-    """Whether one kernel evaluates the criterion. A loss that is reduced is the work of one block, for a few rows."""
+    """Whether one kernel evaluates the criterion. A loss that is reduced is the work of one block, for a few rows.
+
+    The CPU's has torch's bits: a softplus and sums of weights, which it would round otherwise, are left to torch.
+    """
+    if search.backend == "cpp" and (criterion.is_curved or criterion.weight is not None):
+        return False
     few = criterion.reduction == "none" or search.scores.shape[0] <= _MOST_ROWS
     return few and search.shards is None and ops.has_link(search.backend)
 

@@ -3,8 +3,8 @@ r"""What a loss makes of the excesses of the smoothed ranks over the true class'
 .. math:: e_m = top_{K_m + 1}(s) - s_y, \qquad
           \ell = w_y \sum_m r_m \, scale \cdot link(m_y + e_m)
 
-A link, its margins, weights, ignored rows and the reduction stand here. The backend "cuda" has a kernel for all of it,
-csrc/cuda/link.h, because on a GPU each operation on a few numbers costs a launch.
+A link, its margins, weights, ignored rows and the reduction stand here. The compiled backends have a kernel for all of
+it, csrc/link.h, because each operation on a few numbers costs a launch on a GPU, and microseconds on a CPU.
 """
 
 import math
@@ -91,7 +91,7 @@ class Criterion(NamedTuple):
         return self.reduce(losses, divisor), self.slope(linked, labels), divisor
 
     def arguments(self, n_ranks: int) -> tuple:
-        """What the op ``link_cuda``, which does the same as `evaluated`, takes of it."""
+        """What the op ``link``, which does the same as `evaluated`, takes of it."""
         margin, margins = (0.0, self.margin) if isinstance(self.margin, Tensor) else (self.margin, None)
         rank_weights = self.rank_weights or (1.0,) * n_ranks
         link, reduction = LINKS.index(self.link), REDUCTIONS.index(self.reduction)

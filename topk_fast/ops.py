@@ -115,13 +115,13 @@ define(
     "(Tensor excess, Tensor target, int ignore_index, int link, float temperature, float margin, Tensor? margins, "
     "float scale, float[] rank_weights, Tensor? weight, int reduction) -> (Tensor, Tensor, Tensor)",
     _fake_link,
-    names=["cuda"],
+    names=["cpp", "cuda"],
 )
 define(
     "linked_gradient",
     f"(Tensor grad, Tensor slope, Tensor divisor, Tensor classes, Tensor? target, int ignore_index, {SLICE}) -> Tensor",
     _fake_linked_gradient,
-    names=["cuda"],
+    names=["cpp", "cuda"],
 )
 for _name, _kernel in _REFERENCE.items():
     _LIBRARY.impl(f"{_name}_torch", _kernel, "CompositeExplicitAutograd")

@@ -1,7 +1,9 @@
-// The CPU ops on the LibTorch stable ABI: ops.h over this device. Search: search.h; gradient: gradient.h.
+// The CPU ops on the LibTorch stable ABI: ops.h over this device. Search: search.h; gradient: gradient.h; link:
+// ../link.h.
 #include <algorithm>
 #include <memory>
 
+#include "../link.h"
 #include "../ops.h"
 #include "gradient.h"
 #include "kernel.h"
@@ -13,6 +15,8 @@ namespace {
 int64_t grain(int64_t cost) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost)); }
 
 struct Cpu {
+  static constexpr bool kReduces = false;  // losses: torch adds them up
+
   explicit Cpu(const Tensor&) {}
   bool holds(const Tensor& x) const { return x.is_cpu(); }
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
@@ -45,6 +49,18 @@ struct Cpu {
     if (job.picked) kernel.finish(job);
   }
 
+  void link(const Link& p) const { p.is_double ? write_losses<double>(p) : write_losses<float>(p); }
+
+  template <class S>
+  static void write_losses(const Link& p) {
+    S share = 0;
+    for (int64_t n = 0; n < p.n_rows; ++n) {
+      STD_TORCH_CHECK(has_numbers(p, n), "target out of bounds");
+      share += link_row<S>(p, n).share;
+    }
+    *(S*)p.divisor = p.reduction == Reduction::kMean ? share : (S)1;
+  }
+
   void gradient(const Gradient& g) const {
     const int64_t cost = g.n_classes / 16 + 8 * g.n_sample * g.n_ranks;
     torch::stable::parallel_for(0, g.n_rows, grain(cost), [&](int64_t begin, int64_t end) {
@@ -64,6 +80,8 @@ STABLE_TORCH_LIBRARY_IMPL(topk_fast, CPU, m) {
   m.impl("candidates_cpp", TORCH_BOX(&Ops<Cpu>::candidates));
   m.impl("excess_cpp", TORCH_BOX(&Ops<Cpu>::excess));
   m.impl("gradient_cpp", TORCH_BOX(&Ops<Cpu>::gradient));
+  m.impl("link_cpp", TORCH_BOX(&Ops<Cpu>::link));
+  m.impl("linked_gradient_cpp", TORCH_BOX(&Ops<Cpu>::linked_gradient));
 }
 
 }  // namespace topk_fast

@@ -27,7 +27,10 @@ void gradient_rows(const Gradient& g, int64_t begin, int64_t end) {
     std::memset((void*)row, 0, n_classes * sizeof(T));
     if (g.target && g.target[n] == g.ignore_index) continue;
     const int64_t y = g.target ? g.target[n] : -1;
-    const S* grad = (const S*)g.grad + n * n_ranks;
+    const S* grads = (const S*)(g.slope ? g.slope : g.grad) + n * n_ranks;
+    const S times = g.slope ? ((const S*)g.grad)[n * g.grad_stride] / *(const S*)g.divisor : (S)1;
+    S grad[kMaxRanks];
+    for (int64_t m = 0; m < n_ranks; ++m) grad[m] = times * grads[m];
     S total = grad[0];
     for (int64_t m = 1; m < n_ranks; ++m) total += grad[m];
     // Writes the entry of class c, whose ids start at `id` if there are any; returns where the next class's start.

@@ -23,12 +23,14 @@ from testing import (
     scores_of,
 )
 from topk_fast import ops, reference
+from topk_fast.criterion import REDUCTIONS, Criterion
 from topk_fast.functional import (
     bal_noised_topk_loss,
     noised_excess,
     noised_topk,
     noised_topk_candidates,
 )
+from topk_fast.request import Labels, Slice
 
 if "cpp" in BACKENDS:
     from topk_fast import _C
@@ -315,6 +317,60 @@ LAYOUTS = {
     "every second class": lambda x: x.repeat_interleave(2, 1)[:, ::2],
     "a middle dimension": lambda x: x[:, :, None].repeat(1, 1, 3)[:, :, 1],
 }
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        Criterion(),
+        Criterion(margin=torch.linspace(0.01, 0.3, 40), scale=50.0),
+        Criterion(margin=-0.3, scale=0.7, rank_weights=(0.3, 2.0, 1.1)),
+        Criterion("identity", margin=0.0),
+    ],
+    ids=["hinge", "margins", "several ranks", "identity"],
+)
+def test_the_cpp_link_has_torchs_bits(criterion, dtype, reduction):
+    if isinstance(criterion.margin, torch.Tensor):
+        criterion = criterion._replace(margin=criterion.margin.to(dtype))
+    criterion, generator = criterion._replace(reduction=reduction), torch.Generator().manual_seed(1)
+    n_ranks = len(criterion.rank_weights or [1])
+    for n_rows in (0, 1, 7, 3000):
+        excess = torch.randn(n_rows, n_ranks, generator=generator, dtype=dtype)
+        excess[2::50] = NAN
+        labels = Labels(torch.randint(40, (n_rows,), generator=generator))
+        labels.target[1::3], excess[1::3] = -100, 0.0
+        wanted, slope, divisor = criterion.evaluated(excess, labels)
+        given = ops.kernel("link", "cpp")(excess, *labels[:2], *criterion.arguments(n_ranks))
+        assert_same(given[0], wanted)
+        known = ~excess.isnan()  # the gradient of a row with a NaN does not look at its slope
+        assert_same(given[1][known], slope[known])
+        assert_same(given[2], torch.ones((), dtype=dtype) if divisor is None else divisor.to(dtype))
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_cpp_gradient_of_a_link_is_that_of_the_product(dtype):
+    generator = torch.Generator().manual_seed(3)
+    classes = torch.randint(-1, 30, (9, 5, 2), generator=generator)
+    classes[4] = -2
+    target, of = torch.tensor([3, -100, 0, 29, 5, 5, -100, 7, 1]), Slice(2, 25, dtype)
+    slope = torch.randn(9, 2, generator=generator, dtype=reference.arithmetic(dtype))
+    divisor = slope.new_tensor(7.0)
+    for grad in (slope.new_tensor(-0.3), slope.new_tensor(range(9)) / 3, slope.new_tensor(0.5).expand(9)):
+        given = ops.kernel("linked_gradient", "cpp")(grad, slope, divisor, classes, target, -100, *of)
+        wanted = (grad / divisor).expand(9)[:, None] * slope
+        assert_same(given, ops.kernel("gradient", "torch")(wanted, classes, target, -100, *of))
+
+
+@NEEDS_CPP
+def test_the_cpp_link_refuses_labels_beyond_its_numbers():
+    criterion = Criterion(margin=torch.zeros(3))
+    for label in (-1, 3):
+        with pytest.raises(RuntimeError, match="target out of bounds"):
+            ops.kernel("link", "cpp")(torch.zeros(1, 1), torch.tensor([label]), -100, *criterion.arguments(1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

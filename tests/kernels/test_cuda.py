@@ -95,6 +95,7 @@ class Link(ctypes.Structure):
         ("reduction", INT),
         ("is_double", BOOL),
         ("losses", POINTER),
+        ("rows", POINTER),
         ("slope", POINTER),
         ("divisor", POINTER),
     ]
@@ -239,6 +240,7 @@ class Model:
             reduction,
             excess.dtype == torch.float64,
             losses.data_ptr(),
+            losses.data_ptr() if criterion.reduction == "none" else None,
             slope.data_ptr(),
             divisor.data_ptr(),
         )

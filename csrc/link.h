@@ -1,0 +1,63 @@
+// The losses that a criterion makes of a row's excesses, and their slopes: topk_fast/criterion.py's formula. Host and
+// device code like noise.h.
+//
+// Bits: one rounding a step, in the formula's order. Only the softplus's exp and log1p may round otherwise than
+// torch's.
+#pragma once
+
+#include <cmath>
+
+#include "noise.h"
+
+namespace topk_fast {
+
+constexpr int kLinearFrom = 50;  // where softplus and its argument are equal in double
+
+template <class S>
+struct Linked {
+  S value, slope;
+};
+
+template <class S>
+TOPK_FAST_FN Linked<S> linked(LinkKind kind, S x, S beta) {
+  if (kind == LinkKind::kIdentity) return {x, (S)1};
+  if (kind == LinkKind::kHinge) return x > 0 ? Linked<S>{x, (S)1} : x <= 0 ? Linked<S>{0, 0} : Linked<S>{x, x};
+  if (x * beta > kLinearFrom) return {x, (S)1};
+  const S z = std::exp(x * beta);
+  return {std::log1p(z) / beta, z / (z + 1)};
+}
+
+// Whether a row's label names a class of the margins and weights, if there are any.
+TOPK_FAST_FN bool has_numbers(const Link& p, int64_t n) {
+  const int64_t y = p.target[n];
+  return y == p.ignore_index || !p.n_classes || (y >= 0 && y < p.n_classes);
+}
+
+// A row's loss, and its share in a mean.
+template <class S>
+struct RowLoss {
+  S loss, share;
+};
+
+// The loss of row n, for which `has_numbers` holds. Its slope is written, and the loss where rows are wanted.
+template <class S>
+TOPK_FAST_FN RowLoss<S> link_row(const Link& p, int64_t n) {
+  const S beta = (S)(1 / p.temperature), scale = (S)p.scale;
+  const bool valid = p.target[n] != p.ignore_index;
+  const int64_t y = valid ? p.target[n] : 0;
+  const S margin = p.margins ? ((const S*)p.margins)[y] : (S)p.margin;
+  const S weight = p.weight ? ((const S*)p.weight)[y] : (S)1;
+  S loss = 0;
+  for (int64_t m = 0; m < p.n_ranks; ++m) {
+    const int64_t at = n * p.n_ranks + m;
+    const Linked<S> one = linked<S>(p.kind, ((const S*)p.excess)[at] + margin, beta);
+    const S share = (S)p.rank_weights[m], term = one.value * scale * share;
+    loss = m ? loss + term : term;
+    ((S*)p.slope)[at] = one.slope * share * weight * scale;
+  }
+  loss = valid ? loss * weight : (S)0;
+  if (p.rows) ((S*)p.rows)[n] = loss;
+  return {loss, valid ? weight : (S)0};
+}
+
+}  // namespace topk_fast
