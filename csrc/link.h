@@ -27,10 +27,13 @@ TOPK_FAST_FN Linked<S> linked(LinkKind kind, S x, S beta) {
   return {std::log1p(z) / beta, z / (z + 1)};
 }
 
-// Whether a row's label names a class of the margins and weights, if there are any.
+// The class whose margin and weight a row takes; an ignored row takes class 0's, which do not count.
+TOPK_FAST_FN int64_t class_of_row(const Link& p, int64_t n) { return p.target[n] == p.ignore_index ? 0 : p.target[n]; }
+
+// Whether that class is one of the margins and weights, where there are any.
 TOPK_FAST_FN bool has_numbers(const Link& p, int64_t n) {
-  const int64_t y = p.target[n];
-  return y == p.ignore_index || !p.n_classes || (y >= 0 && y < p.n_classes);
+  const int64_t y = class_of_row(p, n);
+  return (!p.margins && !p.weight) || (y >= 0 && y < p.n_classes);
 }
 
 // A row's loss, and its share in a mean.
@@ -44,7 +47,7 @@ template <class S>
 TOPK_FAST_FN RowLoss<S> link_row(const Link& p, int64_t n) {
   const S beta = (S)(1 / p.temperature), scale = (S)p.scale;
   const bool valid = p.target[n] != p.ignore_index;
-  const int64_t y = valid ? p.target[n] : 0;
+  const int64_t y = class_of_row(p, n);
   const S margin = p.margins ? ((const S*)p.margins)[y] : (S)p.margin;
   const S weight = p.weight ? ((const S*)p.weight)[y] : (S)1;
   S loss = 0;

@@ -179,7 +179,7 @@ struct Ops {
     return out;
   }
 
-  // A loss of rows on the CPU, in the order of torch's sum.
+  // Writes the loss of rows that the device does not add up: torch's sum of them, divided.
   template <class S>
   static void reduce(const Link& p, const Tensor& rows) {
     *(S*)p.losses = *(const S*)torch::stable::sum(rows).const_data_ptr() / *(const S*)p.divisor;

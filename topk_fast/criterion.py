@@ -3,8 +3,8 @@ r"""What a loss makes of the excesses of the smoothed ranks over the true class'
 .. math:: e_m = top_{K_m + 1}(s) - s_y, \qquad
           \ell = w_y \sum_m r_m \, scale \cdot link(m_y + e_m)
 
-A link, its margins, weights, ignored rows and the reduction stand here. The compiled backends have a kernel for all of
-it, csrc/link.h, because each operation on a few numbers costs a launch on a GPU, and microseconds on a CPU.
+A link, its margins, weights, ignored rows and the reduction stand here. The compiled backends have a kernel for these,
+csrc/link.h, because each operation on a few numbers costs a launch on a GPU, and microseconds on a CPU.
 """
 
 import math

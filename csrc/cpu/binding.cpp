@@ -15,7 +15,7 @@ namespace {
 int64_t grain(int64_t cost) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost)); }
 
 struct Cpu {
-  static constexpr bool kReduces = false;  // losses: torch adds them up
+  static constexpr bool kReduces = false;  // torch adds the rows' losses up
 
   explicit Cpu(const Tensor&) {}
   bool holds(const Tensor& x) const { return x.is_cpu(); }
@@ -51,6 +51,7 @@ struct Cpu {
 
   void link(const Link& p) const { p.is_double ? write_losses<double>(p) : write_losses<float>(p); }
 
+  // Writes the rows' losses and slopes, and the divisor.
   template <class S>
   static void write_losses(const Link& p) {
     S share = 0;

@@ -152,7 +152,8 @@ static void group_maxima(const T* row, int64_t n_classes, int64_t stride, S* out
   using V = Vector<S>;
   int i = 0;
   if (G < V::n && stride > 1) {  // all groups, many at a time; then those looked at
-    uint32_t every = 0;          // stride-th one, from the first on
+    // The lanes of every stride-th group, from the first one on.
+    uint32_t every = 0;
     for (int64_t j = 0; j < kLanes; j += stride) every |= 1u << j;
     for (int64_t group = 0; (group + kLanes) * G <= n_classes; group += kLanes) {
       if (i * stride >= group + kLanes) continue;

@@ -16,7 +16,7 @@ void check_launch(int error) { STD_TORCH_CHECK(error == 0, "topk_fast: a launch 
 
 // The device of a tensor, current while this lives.
 struct Cuda {
-  static constexpr bool kReduces = true;  // losses, in the launch of the link
+  static constexpr bool kReduces = true;  // the launch of the link adds the rows' losses up
 
   int32_t index;
   torch::stable::accelerator::DeviceGuard guard;

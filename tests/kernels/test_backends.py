@@ -309,16 +309,6 @@ def test_gradient_of_a_class_slice_is_the_slice_of_the_gradient(n_ranks, with_ta
         assert_same(gradient(first, end), whole[:, first:end])
 
 
-LAYOUTS = {
-    "columns of a wider tensor": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "an odd offset": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
-    "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
-    "transposed": lambda x: x.t().contiguous().t(),
-    "every second class": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "a middle dimension": lambda x: x[:, :, None].repeat(1, 1, 3)[:, :, 1],
-}
-
-
 @NEEDS_CPP
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -367,10 +357,21 @@ def test_the_cpp_gradient_of_a_link_is_that_of_the_product(dtype):
 
 @NEEDS_CPP
 def test_the_cpp_link_refuses_labels_beyond_its_numbers():
-    criterion = Criterion(margin=torch.zeros(3))
-    for label in (-1, 3):
-        with pytest.raises(RuntimeError, match="target out of bounds"):
-            ops.kernel("link", "cpp")(torch.zeros(1, 1), torch.tensor([label]), -100, *criterion.arguments(1))
+    for numbers in (dict(margin=torch.zeros(3)), dict(weight=torch.ones(3))):
+        for label in (-1, 3):
+            arguments = Criterion(**numbers).arguments(1)
+            with pytest.raises(RuntimeError, match="target out of bounds"):
+                ops.kernel("link", "cpp")(torch.zeros(1, 1), torch.tensor([label]), -100, *arguments)
+
+
+LAYOUTS = {
+    "columns of a wider tensor": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "an odd offset": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
+    "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every second class": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "a middle dimension": lambda x: x[:, :, None].repeat(1, 1, 3)[:, :, 1],
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
