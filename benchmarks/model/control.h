@@ -55,6 +55,7 @@ inline void branch(Warp& w, const Instruction& i) {
   } else if (i.n_ps) {
     w.exec &= w.predicate(i.ps[0]);
   }
+  if (i.has(Mod::kU) && w.exec != w.group().mask) return;  // taken by all lanes or none; code for some of them follows
   go_to(w, i.target);
 }
 inline void call(Warp& w, const Instruction& i) {

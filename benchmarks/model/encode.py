@@ -2,7 +2,7 @@
 
 import ctypes
 import re
-from ctypes import c_char_p, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import c_char_p, c_double, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 
 from .sass import Kernel, Line
 
@@ -64,7 +64,7 @@ class Machine(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("parameters_at", "shared_at", "is_generic_in_constants", "pad")),
         *((f"{name}_latency", c_int64) for name in ("l1", "l2", "memory", "shared", "barrier", "read")),
-        *((name, c_int64) for name in ("l1_bytes", "l2_bytes")),
+        ("l1_bytes", c_int64),
     ]
 
 
@@ -84,6 +84,7 @@ def library(path) -> ctypes.CDLL:
     for function in (out.model_free, out.model_error, out.model_cache_free, out.model_forget_memory):
         function.argtypes = [c_void_p]
     out.model_written_back.argtypes, out.model_cache.argtypes = [c_void_p], [c_int64]
+    out.model_start_launch.argtypes, out.model_start_launch.restype = [c_void_p, c_double, c_double], None
     out.model_add.argtypes = [c_void_p, c_char_p, c_char_p, ctypes.POINTER(Encoded)]
     out.model_memory.argtypes = [c_void_p, c_uint64, c_uint64]
     out.model_run.argtypes = [c_void_p, ctypes.POINTER(Machine), c_void_p, ctypes.POINTER(Launch)] + [c_void_p] * 2

@@ -73,7 +73,7 @@ struct Counts {
 struct Machine {
   int32_t parameters_at, shared_at, is_generic_in_constants, pad;
   int64_t l1_latency, l2_latency, memory_latency, shared_latency, barrier_latency, read_latency;
-  int64_t l1_bytes, l2_bytes;
+  int64_t l1_bytes;
 };
 
 struct Error : std::runtime_error {

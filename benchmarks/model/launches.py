@@ -94,14 +94,14 @@ class Device:
         return self.programs[name]
 
     def run(self, shape: Shape, argument: bytes, cache: int, l1_bytes: int) -> Ran:
-        """Runs a launch with a part of L2, which holds what was read or written before, and of L1."""
+        """Runs a launch with an L2, which holds what was read or written before, and a part of L1."""
         program, gpu = self.program(shape.kernel), self.gpu
         self.lib.model_forget_memory(program)
         for begin, end in mapped():
             self.lib.model_memory(program, begin, end - begin)
         latencies = (MEMORY[name] for name in ("l1", "l2", "memory", "shared", "barrier", "read"))
         generic = gpu.shared_at == 0  # older targets read the window of shared memory from bank 0
-        machine = encode.Machine(gpu.parameters_at, gpu.shared_at, generic, 0, *latencies, l1_bytes, gpu.l2_bytes)
+        machine = encode.Machine(gpu.parameters_at, gpu.shared_at, generic, 0, *latencies, l1_bytes)
         constants = self.kernels[shape.kernel].constants
         shared = shape.shared + max(0, self.kernels[shape.kernel].shared - gpu.shared_at)
         launch = encode.Launch(shape.grid, shape.size, shared, len(argument), len(constants), argument, constants)
@@ -166,10 +166,10 @@ class Calls:
         except Exception as error:  # nothing passes through C
             self.failed = error
 
-    def __call__(self, name: str, *arguments, take, processors: int, shared_memory: int, cache: int):
-        """A call of the model's method ``name``, as for a GPU of so many multiprocessors, bytes in each, and cache."""
+    def __call__(self, name: str, *arguments, take, **gpu):
+        """A call of the model's method ``name``, as for a GPU with the fields ``gpu`` of csrc/cuda/launch.h's."""
         self.take, self.failed = take, None
-        self.model.processors, self.model.shared_memory, self.model.cache = processors, shared_memory, cache
+        vars(self.model).update(gpu)
         self.model.library.launches_hook(self.hook)
         out = getattr(self.model, name)(*arguments)
         if self.failed:

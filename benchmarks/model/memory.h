@@ -93,12 +93,12 @@ inline void account(Warp& w, const Instruction& i, const Request& q, int bytes, 
         ++counts.read;
         latency = std::max(latency, m.l1_latency);
         if (b.l1.touch(sector)) continue;
-        const bool hit = b.l2->touch(sector);
+        const bool hit = b.l2->touch(sector, w.clock);
         ++(hit ? counts.from_l2 : counts.from_memory);
         latency = std::max(latency, hit ? m.l2_latency : m.memory_latency);
       } else {
         ++counts.written;
-        b.l2->touch(sector, true);
+        b.l2->touch(sector, w.clock, true);
         latency = std::max(latency, m.l2_latency);
       }
     }

@@ -109,7 +109,7 @@ const Opcode kOpcodes[] = {
     {"REDUX", reduce, "SUM MIN MAX OR XOR S32"},
     {"BAR", block_barrier, "SYNC RED POPC AND OR DEFER_BLOCKING"},
     {"B2R", barrier_result, "RESULT"},
-    {"BRA", branch, "DIV CONV"},
+    {"BRA", branch, "DIV CONV U"},
     {"CALL", call, "REL ABS NOINC"},
     {"RET", give_back, "REL NODEC"},
     {"EXIT", leave, ""},

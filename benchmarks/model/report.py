@@ -37,24 +37,32 @@ def residency(gpu: Gpu, device: Device, shape: Shape) -> int:
     return blocks_at_once(gpu, kernel.registers, shape.shared + system, shape.size)
 
 
+def moved(ran: Ran, whole: Whole) -> float:
+    """Bytes that the launch moves from and to memory."""
+    sectors = ran.counts[:, COLUMNS["from_memory"]].sum() + ran.written_back
+    return float(sectors) * SECTOR * whole.n_rows / whole.ran_rows
+
+
+def waves(gpu: Gpu, device: Device, shape: Shape) -> int:
+    return math.ceil(shape.grid / (residency(gpu, device, shape) * gpu.processors))
+
+
 def bounds(gpu: Gpu, device: Device, ran: Ran, whole: Whole) -> dict:
     """Seconds below which the launch cannot be, by what bounds it; `latency` has what the warps wait for each other."""
     total = dict(zip(FIELDS, ran.counts.sum(0)))
     lines, grid, blocks = device.kernels[ran.shape.kernel].lines, whole.shape.grid, len(ran.cycles)
-    held = residency(gpu, device, whole.shape)
-    at_once = held * gpu.processors
+    at_once = residency(gpu, device, whole.shape) * gpu.processors
     busiest = math.ceil(grid / gpu.processors) if grid <= at_once else grid / gpu.processors
     cycles = lambda n: n / blocks * busiest / gpu.hertz  # noqa: E731
     scale = whole.n_rows / whole.ran_rows
-    moved = (total["from_memory"] + ran.written_back) * SECTOR * scale
     through_l2 = (total["from_memory"] + total["from_l2"] + total["written"]) * SECTOR * scale
     issued = ran.counts[:, COLUMNS["issued"]]
     out = {
-        "memory": moved / gpu.bandwidth,
+        "memory": moved(ran, whole) / gpu.bandwidth,
         "L2": through_l2 / gpu.l2_bandwidth,
         "issue": cycles(total["issued"] / gpu.schedulers),
         "L1 and shared": cycles(total["wavefronts"]),
-        "latency": math.ceil(grid / at_once) * float(ran.cycles.mean()) / gpu.hertz,
+        "latency": waves(gpu, device, whole.shape) * float(ran.cycles.mean()) / gpu.hertz,
     }
     for pipe, (_, names) in PIPES.items():
         n = sum(int(issued[i]) for i, line in enumerate(lines) if line.name in names)
@@ -88,27 +96,43 @@ def stages(device: Device, rans: list[Ran], n_rows: int, depth: int) -> list[dic
     return out
 
 
-def modelled(case: Case, calls: Calls, gpu: Gpu, device: Device, depth: int = 1) -> dict:
-    """Runs a share of a case, compares its results, and makes times of its counts."""
-    whole, n_rows, processors, same = share(case, calls, gpu)
+def run(case: Case, calls: Calls, gpu: Gpu, device: Device, wholes: list[Whole], processors: int, rates: list[float]):
+    """Runs a share of a case: its launches, and whether the results are right.
+
+    ``rates`` has the bytes that a whole launch brings into L2 in a cycle of a block, for each launch.
+    """
+    cache = device.lib.model_cache(gpu.l2_bytes)
     rans: list[Ran] = []
-    side_by_side = [min(residency(gpu, device, shape), math.ceil(shape.grid / gpu.processors)) for shape in whole]
-    cache = device.lib.model_cache(gpu.l2_bytes // (gpu.processors * max(side_by_side)))
 
     def take(shape, argument):
-        blocks = side_by_side[min(len(rans), len(whole) - 1)]
+        at = min(len(rans), len(wholes) - 1)
+        whole, before = wholes[at], moved(rans[-1], wholes[at - 1]) if rans else 0.0
+        device.lib.model_start_launch(cache, before, rates[at])
+        blocks = min(residency(gpu, device, whole.shape), math.ceil(whole.shape.grid / gpu.processors))
         in_shared = blocks * (shape.shared + 1024)
         rans.append(device.run(shape, argument, cache, max(gpu.l1_bytes - in_shared, 16 << 10) // blocks))
 
-    problem = Problem(case, n_rows)
+    problem = Problem(case, wholes[0].ran_rows)
     given = problem.call(calls, gpu, take, processors)
     device.lib.model_cache_free(cache)
-    equal = all(a.equal(b) for a, b in zip(given, problem.results()))
+    return rans, all(a.equal(b) for a, b in zip(given, problem.results()))
+
+
+def modelled(case: Case, calls: Calls, gpu: Gpu, device: Device, depth: int = 1) -> dict:
+    """Runs a share of a case, compares its results, and makes times of its counts.
+
+    It runs twice: what a launch brings into L2, and how soon, is known after the first time.
+    """
+    shapes, n_rows, processors, same = share(case, calls, gpu)
+    wholes = [Whole(shape, case.n_rows, n_rows) for shape in shapes]
+    rans, equal = run(case, calls, gpu, device, wholes, processors, [0.0] * len(wholes))
+    if case.bytes > gpu.l2_bytes:
+        rates = [moved(r, w) / (waves(gpu, device, w.shape) * r.cycles.mean()) for r, w in zip(rans, wholes)]
+        rans, equal = run(case, calls, gpu, device, wholes, processors, rates)
     launches, seconds = [], 0.0
-    for ran, shape in zip(rans, whole):
-        found = bounds(gpu, device, ran, Whole(shape, case.n_rows, n_rows))
-        by = max(found, key=found.get)
-        held_here = residency(gpu, device, shape)
+    for ran, whole in zip(rans, wholes):
+        found, shape = bounds(gpu, device, ran, whole), whole.shape
+        by, held = max(found, key=found.get), residency(gpu, device, shape)
         seconds += found[by]
         launches.append(
             {
@@ -116,14 +140,14 @@ def modelled(case: Case, calls: Calls, gpu: Gpu, device: Device, depth: int = 1)
                 "registers": device.kernels[shape.kernel].registers,
                 "blocks": shape.grid,
                 "shared_bytes": shape.shared,
-                "warps_resident": held_here * -(-shape.size // 32),
-                "waves": round(shape.grid / (held_here * gpu.processors), 2),
+                "warps_resident": held * -(-shape.size // 32),
+                "waves": round(shape.grid / (held * gpu.processors), 2),
                 "bound": by,
                 "microseconds": {name: round(x * 1e6, 2) for name, x in found.items()},
             }
         )
     floor = case.bytes / gpu.bandwidth
-    seconds += gpu.launch * len(whole)
+    seconds += gpu.launch * len(wholes)
     return {
         "gpu": gpu.name,
         **case._asdict(),

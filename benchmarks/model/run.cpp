@@ -114,9 +114,10 @@ extern "C" void model_memory(Program* program, uint64_t begin, uint64_t bytes) {
   program->memory.push_back({begin, begin + bytes});
 }
 
-extern "C" Cache* model_cache(int64_t bytes) { return new Cache(bytes); }
-extern "C" void model_cache_free(Cache* cache) { delete cache; }
-extern "C" int64_t model_written_back(Cache* cache) { return cache->written_back(); }
+extern "C" L2* model_cache(int64_t bytes) { return new L2(bytes); }
+extern "C" void model_cache_free(L2* cache) { delete cache; }
+extern "C" void model_start_launch(L2* cache, double before, double rate) { cache->start_launch(before, rate); }
+extern "C" int64_t model_written_back(L2* cache) { return cache->written_back(); }
 
 struct Launch {
   uint32_t grid, size;
@@ -126,7 +127,7 @@ struct Launch {
 
 // Runs the blocks of a launch one after the other. Adds to counts [instructions] and writes cycles [grid]; returns 0,
 // or -1 on an error.
-extern "C" int model_run(Program* program, const Machine* machine, Cache* l2, const Launch* launch, Counts* counts,
+extern "C" int model_run(Program* program, const Machine* machine, L2* l2, const Launch* launch, Counts* counts,
                          int64_t* cycles) {
   try {
     for (uint32_t index = 0; index < launch->grid; ++index) {

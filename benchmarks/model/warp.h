@@ -65,18 +65,18 @@ struct Warp {
 struct Block {
   const std::vector<Instruction>* code;
   const Machine* machine;
-  Cache* l2;
+  L2* l2;
   Counts* counts;
   std::vector<char> constants;
   char* shared;  // at a multiple of 4 GiB
   int64_t shared_bytes;
   uint32_t index, grid, size;
-  Cache l1;
+  L1 l1;
   std::vector<std::unique_ptr<Warp>> warps;
   const std::vector<Range>* memory;
   uint32_t votes = 0;  // threads whose predicate held at the last barrier that reduced
   bool votes_hold = false;
-  Block(const Machine& m, Cache* level2) : machine(&m), l2(level2), l1(m.l1_bytes) {}
+  Block(const Machine& m, L2* level2) : machine(&m), l2(level2), l1(m.l1_bytes) {}
 };
 
 // A source of 32 bits, lane by lane.

@@ -59,12 +59,18 @@ def device(request, interpreter, tmp_path_factory):
     return launches.Device(interpreter, gpu, sass.compiled(gpu.target, tmp_path_factory.mktemp("model"), SOURCE))
 
 
-def run(device, kernel, given, n, n_out, grid, size):
+CACHE = 1 << 20
+
+
+def run(device, kernel, given, n, n_out, grid, size, others=()):
+    """A launch, or the last of several, between which ``others`` bring so many bytes into L2."""
     out = launches.aligned(torch.full((n_out,), -1.0))
     name = f"{kernel}(Args)"
     argument = bytes(Args(given.data_ptr(), out.data_ptr(), n))
-    cache = device.lib.model_cache(1 << 20)
-    ran = device.run(launches.Shape(name, grid, size, 0), argument, cache, 1 << 15)
+    cache = device.lib.model_cache(CACHE)
+    for before in (0, *others):
+        device.lib.model_start_launch(cache, before, 0)
+        ran = device.run(launches.Shape(name, grid, size, 0), argument, cache, 1 << 15)
     device.lib.model_cache_free(cache)
     return out, ran, device.kernels[name].lines
 
@@ -110,6 +116,15 @@ def test_known_counts(device):
     assert out[:64].equal(taken.flatten())
     assert out[64:128].equal(torch.tensor([t - 1.0 for t in own_trips] * 2))
     assert out[128:].equal((x + 1).flatten())
+
+
+@NEEDS_COMPILERS
+@pytest.mark.parametrize("others, stays", [([CACHE], True), ([CACHE // 2, CACHE // 2 + 1], True), ([CACHE + 1], False)])
+def test_what_was_used_last_stays_in_l2(device, others, stays):
+    given = launches.aligned(torch.arange(THREADS * 8) + 1.0)
+    _, ran, _ = run(device, "counted", given, TRIPS, 192, grid=2, size=THREADS, others=others)
+    from_memory = ran.counts[:, launches.FIELDS.index("from_memory")].sum()
+    assert from_memory == 0 if stays else from_memory >= THREADS
 
 
 @NEEDS_COMPILERS
