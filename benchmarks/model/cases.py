@@ -93,8 +93,9 @@ class Problem:
 
     def call(self, calls: Calls, gpu: Gpu, take, processors: int) -> tuple:
         """The same of csrc/cuda's launchers, each of whose launches ``take`` gets."""
-        cache = gpu.l2_bytes * processors // gpu.processors if gpu.has_slow_memory else 0
-        there = {"take": take, "processors": processors, "shared_memory": gpu.shared_bytes, "cache": cache}
+        cache = gpu.l2_bytes * processors // gpu.processors
+        there = {"processors": processors, "shared_memory": gpu.shared_bytes, "cache": cache}
+        there |= {"take": take, "has_slow_memory": gpu.has_slow_memory}
         if self.case.step == "forward":
             return calls("excess", self.scores, self.noise, self.labels, **there)
         return (calls("gradient", self.grad, self.classes, self.labels, self.slice, **there),)

@@ -79,20 +79,19 @@ __device__ __forceinline__ Mask<T> mask_of_load(uint32_t hits, int load) {
 }
 
 // The place of a bit of a thread's mask in its tile, after the thread's first one.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ __forceinline__ int place_of_bit(unsigned bit) {
   constexpr unsigned W = kWide<T>;
   const unsigned load = sizeof(T) == 2 ? bit / 32 * 4 + bit % 16 / 4 : bit / W;
   const unsigned within = sizeof(T) == 2 ? bit % 4 * 2 + bit / 16 % 2 : bit % W;
-  return (int)(load * TEAM * W + within);
+  return (int)(load * Threads::kSize * W + within);
 }
 
 // The tiles of a row, as a thread of a team reads them.
-template <int TEAM, class T>
+template <class Threads, class T>
 struct Tiles {
   using S = ArithmeticOf<T>;
-  using Threads = Team<TEAM>;
-  static constexpr int W = kWide<T>, kTile = TEAM * W * kLoads<T>;
+  static constexpr int W = kWide<T>, kTile = Threads::kSize * W * kLoads<T>;
 
   const Scores<T>& scores;
   S cut;
@@ -111,7 +110,7 @@ struct Tiles {
 
   // The class of a bit of this thread's mask of a tile.
   __device__ __forceinline__ int32_t class_of(int32_t tile, unsigned bit) const {
-    return tile * kTile + first + place_of_bit<TEAM, T>(bit);
+    return tile * kTile + first + place_of_bit<Threads, T>(bit);
   }
 
   // The mask of this thread's scores of a tile.
@@ -119,7 +118,7 @@ struct Tiles {
     if (tile >= n_full || (tile == 0 && lead)) return mask_of_part(tile);
     const T* at = scores.at + (first + (int64_t)tile * kTile);
     uint4 v[kLoads<T>];
-    for (int u = 0; u < kLoads<T>; ++u) v[u] = *(const uint4*)(at + u * TEAM * W);
+    for (int u = 0; u < kLoads<T>; ++u) v[u] = *(const uint4*)(at + u * Threads::kSize * W);
     Mask<T> mask = 0;
     for (int u = 0; u < kLoads<T>; ++u) mask |= mask_of_load<T>(hits_of<T>(v[u], cut), u);
     return mask;
@@ -136,7 +135,7 @@ struct Tiles {
       uint4 v[kLoads<T>];
       bool whole[kLoads<T>];
       for (int u = 0; u < kLoads<T>; ++u) {
-        const int place = (u * TEAM + Threads::rank()) * W;
+        const int place = (u * Threads::kSize + Threads::rank()) * W;
         whole[u] = place >= begin && place + W <= end;
         v[u] = whole[u] ? *(const uint4*)(scores.at + start + place) : uint4{0, 0, 0, 0};
       }
@@ -147,7 +146,7 @@ struct Tiles {
     for (int bit = 0; bit < W * kLoads<T>; bit += 4) {  // of 16 bytes that are not all in the row, or that lie apart
       S x[4];
       for (int j = 0; j < 4; ++j) {
-        const int place = Threads::rank() * W + place_of_bit<TEAM, T>((unsigned)(bit + j)), vector = place / W * W;
+        const int place = Threads::rank() * W + place_of_bit<Threads, T>((unsigned)(bit + j)), vector = place / W * W;
         const bool is_whole = scores.stride == 1 && vector >= begin && vector + W <= end;
         x[j] = place >= begin && place < end && !is_whole ? scores[start + place] : -infinity<S>();
       }
@@ -175,22 +174,22 @@ struct Found {
 };
 
 // Ends a list with what each thread found; a barrier, too.
-template <int TEAM, class S>
+template <class Threads, class S>
 __device__ __forceinline__ void end_list(const Found<S>& found, Listed<S>& listed) {
-  const S above_cut = Team<32>::sum(found.above_cut, nullptr);  // the warp's
-  if (lane_of() == 0) listed.above_cut[Team<TEAM>::warp()] = above_cut;
+  const S above_cut = Warp::sum(found.above_cut, nullptr);  // the warp's
+  if (lane_of() == 0) listed.above_cut[Threads::warp()] = above_cut;
   if (found.nan) listed.nan = true;
-  Team<TEAM>::sync();
+  Threads::sync();
 }
 
 // Adds the next contenders of a pass to the list, until it is full or the row is over; a barrier, too.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ void collect(State<T>& state) {
   using S = ArithmeticOf<T>;
-  const Tiles<TEAM, T> tiles(state.row);
+  const Tiles<Threads, T> tiles(state.row);
   auto& listed = state.listed;
   Found<S> found{(S)0, false};
-  Progress at = state.progress[Team<TEAM>::warp()];
+  Progress at = state.progress[Threads::warp()];
 #pragma unroll 1
   for (bool full = false; at.tile < tiles.n && !full;) {
     Mask<T> mask = tiles.mask_of(at.tile);
@@ -218,19 +217,19 @@ __device__ void collect(State<T>& state) {
     full = wanted < hits;
     at = full ? Progress{at.tile, at.taken + wanted} : Progress{at.tile + state.step, 0};
   }
-  if (lane_of() == 0) state.progress[Team<TEAM>::warp()] = at;
-  end_list<TEAM>(found, listed);
+  if (lane_of() == 0) state.progress[Threads::warp()] = at;
+  end_list<Threads>(found, listed);
 }
 
 // Whether fewer scores of the row than `wanted` are above -inf.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ bool finite_are_fewer(const Scores<T>& scores, int64_t wanted, int64_t* scratch) {
   int64_t finite = 0;
-  for (int64_t start = 0; start < scores.n && finite < wanted; start += 64 * TEAM) {
+  for (int64_t start = 0; start < scores.n && finite < wanted; start += 64 * Threads::kSize) {
     int64_t here = 0;
-    for (int64_t c = start + Team<TEAM>::rank(); c < scores.n && c < start + 64 * TEAM; c += TEAM)
+    for (int64_t c = start + Threads::rank(); c < scores.n && c < start + 64 * Threads::kSize; c += Threads::kSize)
       here += scores[c] > -infinity<ArithmeticOf<T>>();
-    finite += Team<TEAM>::sum(here, scratch);
+    finite += Threads::sum(here, scratch);
   }
   return finite < wanted;
 }

@@ -148,7 +148,7 @@ __device__ __forceinline__ ArithmeticOf<T> most_of_group(const Scores<T>& scores
 }
 
 // The keys of the groups' maxima.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ __forceinline__ void make_keys(const Args& a, const Scores<T>& scores, Key<T>* keys) {
   using S = ArithmeticOf<T>;
   constexpr int W = 16 / sizeof(T), kAbreast = 4;
@@ -157,33 +157,34 @@ __device__ __forceinline__ void make_keys(const Args& a, const Scores<T>& scores
   if (scores.stride == 1 && group >= W) {
     const bool is_aligned = ((uintptr_t)scores.at | (uintptr_t)step * sizeof(T)) % 16 == 0 && group % W == 0;
 #pragma unroll 1
-    for (int q = Team<TEAM>::rank(); q < n;) {
+    for (int q = Threads::rank(); q < n;) {
       const int64_t begin = q * step, left = scores.n - begin;
-      if (is_aligned && (kAbreast - 1) * TEAM * step + group <= left) {  // groups abreast: as many loads in flight
+      if (is_aligned &&
+          (kAbreast - 1) * Threads::kSize * step + group <= left) {  // groups abreast: as many loads in flight
         S top[kAbreast];
         for (S& x : top) x = -infinity<S>();
 #pragma unroll 1
         for (int i = 0; i < group; i += W)
           for (int u = 0; u < kAbreast; ++u)
-            top[u] = most_of_vector<T>(*(const uint4*)(scores.at + begin + u * TEAM * step + i), top[u]);
-        for (int u = 0; u < kAbreast; ++u, q += TEAM) keys[q] = key_of<T>(top[u]);
+            top[u] = most_of_vector<T>(*(const uint4*)(scores.at + begin + u * Threads::kSize * step + i), top[u]);
+        for (int u = 0; u < kAbreast; ++u, q += Threads::kSize) keys[q] = key_of<T>(top[u]);
       } else {
         keys[q] = key_of<T>(most_of_group(scores, begin, left < group ? (int)left : group));
-        q += TEAM;
+        q += Threads::kSize;
       }
     }
     return;
   }
 #pragma unroll 1
-  for (int q = Team<TEAM>::rank(); q < n; q += TEAM * kAbreast) {  // groups abreast: as many loads in flight
+  for (int q = Threads::rank(); q < n; q += Threads::kSize * kAbreast) {  // groups abreast: as many loads in flight
     S top[kAbreast];
     const T* at[kAbreast];
     int size[kAbreast];
     for (int u = 0; u < kAbreast; ++u) {
-      const int64_t begin = (q + u * TEAM) * step, left = scores.n - begin;
+      const int64_t begin = (q + u * Threads::kSize) * step, left = scores.n - begin;
       top[u] = -infinity<S>();
       at[u] = scores.at + begin * scores.stride;
-      size[u] = q + u * TEAM >= n ? 0 : left < group ? (int)left : group;
+      size[u] = q + u * Threads::kSize >= n ? 0 : left < group ? (int)left : group;
     }
 #pragma unroll 1
     for (int i = 0; i < group; ++i)
@@ -193,18 +194,17 @@ __device__ __forceinline__ void make_keys(const Args& a, const Scores<T>& scores
         at[u] += scores.stride;
       }
     for (int u = 0; u < kAbreast; ++u)
-      if (q + u * TEAM < n) keys[q + u * TEAM] = key_of<T>(top[u]);
+      if (q + u * Threads::kSize < n) keys[q + u * Threads::kSize] = key_of<T>(top[u]);
   }
 }
 
 // The rank-th largest maximum of groups 0, stride, ... of classes; -inf where that is +inf. The keys' place is free
 // when it returns.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ ArithmeticOf<T> cut_of(const Args& a, const Scores<T>& scores, State<T>& state) {
   using S = ArithmeticOf<T>;
-  using Threads = Team<TEAM>;
   Key<T>* keys = (Key<T>*)state.keys(a.layout);
-  make_keys<TEAM>(a, scores, keys);
+  make_keys<Threads>(a, scores, keys);
   Threads::sync();
   if (Threads::warp() == 0) {
     const Key<T> kth = kth_largest(keys, a.looked_at, a.plan.rank, key_of<T>(-infinity<S>()));

@@ -12,30 +12,30 @@ namespace topk_fast {
 namespace {
 
 // Notes which of a list's n contenders are the pilot; a barrier, too.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ __forceinline__ void pick_pilot(const Args& a, State<T>& state, int n) {
   using S = ArithmeticOf<T>;
   S above_cut = (S)0;
-  for (int w = 0; w < Team<TEAM>::kWarps; ++w) above_cut += state.listed.above_cut[w];
+  for (int w = 0; w < Threads::kWarps; ++w) above_cut += state.listed.above_cut[w];
   const S high = state.row.cut + above_cut / (S)n * (S)a.pilot_above;
 #pragma unroll 1
-  for (int i = Team<TEAM>::rank(); i < n; i += TEAM) {
+  for (int i = Threads::rank(); i < n; i += Threads::kSize) {
     if (!(state.listed.at[i].score > high)) continue;
     const int place = atomicAdd(&state.n_pilot, 1);
     if (place < kPilot) state.pilot[place] = i;
   }
-  Team<TEAM>::sync();
+  Threads::sync();
 }
 
 // Draws for the pilot, or for the first contenders of the list where it has fewer than k. Returns the least of the
 // k-th best, over a warp's samples.
-template <class L, int TEAM, class T>
+template <class L, class Threads, class T>
 __device__ __forceinline__ ArithmeticOf<T> reach_of_pilot(const State<T>& state) {
   using S = ArithmeticOf<T>;
   const int lane = lane_of(), k = state.lists.k;
   const bool is_list = state.n_pilot < k, here = is_list || lane < state.n_pilot;
   const Contender<S> c = here ? state.listed.at[is_list ? lane : state.pilot[lane]] : Contender<S>{};
-  const int share = (state.n_samples + Team<TEAM>::kWarps - 1) / Team<TEAM>::kWarps, begin = Team<TEAM>::warp() * share;
+  const int share = (state.n_samples + Threads::kWarps - 1) / Threads::kWarps, begin = Threads::warp() * share;
   auto least = ordered(infinity<S>());
   Words w{};
 #pragma unroll 1
@@ -58,28 +58,29 @@ __device__ __forceinline__ ArithmeticOf<T> reach_of_pilot(const State<T>& state)
 
 // Draws the words of `tile` contenders of the list from `done` on and keeps the survivors. All words survive where
 // `reach` is -inf, and then no others wait.
-template <class L, int TEAM, class T>
+template <class L, class Threads, class T>
 __device__ __forceinline__ void draw_tile(const Args& a, State<T>& state, int done, int tile) {
   using S = ArithmeticOf<T>;
   const S reach = state.reach;
-  const int rank = Team<TEAM>::rank();
-  if (rank - lane_of() >= tile) return;
+  const int rank = Threads::rank();
   const Row<T>& row = state.row;
-  const bool here = rank < tile, all = reach == -infinity<S>();
-  const Contender<S> c = here ? state.listed.at[done + rank] : Contender<S>{-infinity<S>(), 0};
-  int32_t bound = here ? 0x7fffffff : -1;
-  if (here && !all) bound = word_bound<L, Scalar>((float)c.score, (float)reach, row.rough_epsilon);
+  const bool all = reach == -infinity<S>();
 #pragma unroll 1
-  for (int quad = 0; quad * 4 < state.n_samples; ++quad) {
-    const Words w = row.words((uint32_t)(c.class_id + row.first_class), (uint32_t)(state.first_sample / 4 + quad), 0);
-    const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
-    const int samples = state.n_samples - quad * 4;
-    int32_t* counts = state.counts + quad * 4;
-    Survivor* survivors = state.survivors(a.layout, quad * 4);
-    for (int j = 0; j < 4; ++j) {
-      if ((int32_t)(words[j] >> 8) > bound || j >= samples) continue;
-      const int place = all ? rank : atomicAdd(counts + j, 1);
-      if (place < a.layout.held) survivors[j * a.layout.held + place] = {words[j], done + rank};
+  for (int i = rank; i < tile; i += Threads::kSize) {
+    const Contender<S> c = state.listed.at[done + i];
+    const int32_t bound = all ? 0x7fffffff : word_bound<L, Scalar>((float)c.score, (float)reach, row.rough_epsilon);
+#pragma unroll 1
+    for (int quad = 0; quad * 4 < state.n_samples; ++quad) {
+      const Words w = row.words((uint32_t)(c.class_id + row.first_class), (uint32_t)(state.first_sample / 4 + quad), 0);
+      const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
+      const int samples = state.n_samples - quad * 4;
+      int32_t* counts = state.counts + quad * 4;
+      Survivor* survivors = state.survivors(a.layout, quad * 4);
+      for (int j = 0; j < 4; ++j) {
+        if ((int32_t)(words[j] >> 8) > bound || j >= samples) continue;
+        const int place = all ? i : atomicAdd(counts + j, 1);
+        if (place < a.layout.held) survivors[j * a.layout.held + place] = {words[j], done + i};
+      }
     }
   }
   if (all && rank < state.n_samples) state.counts[rank] = tile;
@@ -120,17 +121,16 @@ __device__ __forceinline__ S reach_of(const Lists<S>& lists, int samples) {
 // Enters the listed contenders into every sample's list and raises `reach`; of the `last` contenders of a row survivors
 // may be left. A tile with more survivors than there is room for is drawn again, after those before it were absorbed or
 // in parts.
-template <class L, int TEAM, class T>
+template <class L, class Threads, class T>
 __device__ void draw(const Args& a, State<T>& state, bool last) {
-  using Threads = Team<TEAM>;
   using S = ArithmeticOf<T>;
   const int rank = Threads::rank(), n = state.listed.size();
-  int done = 0, tile = kPilot, most = TEAM;
+  int done = 0, tile = kPilot, most = n;
   bool waiting = false;  // survivors
   if (rank < kSamples) state.counts[rank] = 0;
   if (state.reach == -infinity<S>() && n > kPilot && state.lists.k <= kPilot) {
-    pick_pilot<TEAM>(a, state, n);
-    S reach = reach_of_pilot<L, TEAM>(state);
+    pick_pilot<Threads>(a, state, n);
+    S reach = reach_of_pilot<L, Threads>(state);
     S* of_warps = (S*)state.scratch;
     if (lane_of() == 0) of_warps[Threads::warp()] = reach;
     Threads::sync();
@@ -144,12 +144,12 @@ __device__ void draw(const Args& a, State<T>& state, bool last) {
     tile = tile < n - done ? tile : n - done;
     const int before = rank < kSamples ? state.counts[rank] : 0;
     Threads::sync();
-    draw_tile<L, TEAM>(a, state, done, tile);
+    draw_tile<L, Threads>(a, state, done, tile);
     Threads::sync();
     const bool over = __any_sync(kFull, lane_of() < state.n_samples && state.counts[lane_of()] > a.layout.held);
     Threads::sync();
     if (over && rank < kSamples) state.counts[rank] = before;
-    if (over && !waiting) most = kPilot;  // as many as fit
+    if (over && !waiting) most = most > Threads::kSize ? Threads::kSize : kPilot;  // the latter fits
     if (!over) done += tile;
     if (over ? waiting : done < n ? state.reach == -infinity<S>() : !last) {
       Threads::sync();

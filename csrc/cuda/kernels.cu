@@ -1,6 +1,6 @@
 // The k best of s + epsilon * Z for every row and sample, excesses and losses made of them, and the gradient, in CUDA.
 //
-// Formula and sampler: topk_fast/reference.py; draws: noise.h. A team of 32 or 128 threads takes a row through its
+// Formula and sampler: topk_fast/reference.py; draws: noise.h. A team, a warp or a block, takes a row through its
 // stages (search.h): `cut_of` finds the cut from groups of classes, `collect` streams the row and lists the contenders,
 // `draw` gives them noise, `walk` lets all others come as arrivals, a warp a sample, and each rank's mean is taken.
 // Teams on a multiprocessor are in different stages, so that some stream while others search. With few long rows,
@@ -18,25 +18,25 @@ namespace {
 
 // The cuts of rows that several blocks collect, a block a row.
 template <class T>
-__global__ void __launch_bounds__(kBlock, kResident<T>) cut_kernel(const Args a) {
+__global__ void __launch_bounds__(kBlock, kResident<T> / kBlock) cut_kernel(const Args a) {
   TOPK_FAST_SHARED(shared);
   using S = ArithmeticOf<T>;
   const int64_t n = blockIdx.x;
   if (is_ignored(a.search, n)) return;
-  const S cut = cut_of<kBlock>(a, scores_of<T>(a.search, n), make_state<kBlock, T>(a, shared, n));
+  const S cut = cut_of<Block<kBlock>>(a, scores_of<T>(a.search, n), make_state<Block<kBlock>, T>(a, shared, n));
   if (threadIdx.x == 0) *Parts<S>(a, n).cut = cut;
 }
 
 // The contenders of one part of a row, [rows * parts] blocks.
 template <class T>
-__global__ void __launch_bounds__(kBlock, kResident<T>) collect_kernel(const Args a) {
+__global__ void __launch_bounds__(kBlock, kResident<T> / kBlock) collect_kernel(const Args a) {
   TOPK_FAST_SHARED(shared);
   using S = ArithmeticOf<T>;
   const int64_t n = blockIdx.x / a.layout.parts;
   const int part = (int)(blockIdx.x % a.layout.parts);
   if (is_ignored(a.search, n)) return;
   const Parts<S> parts(a, n);
-  State<T>& state = make_state<kBlock, T>(a, shared, n);
+  State<T>& state = make_state<Block<kBlock>, T>(a, shared, n);
   if (threadIdx.x == 0) {
     state.row.scores = scores_of<T>(a.search, n), state.row.cut = *parts.cut;
     start_pass(state, part, a.layout.parts);
@@ -44,27 +44,27 @@ __global__ void __launch_bounds__(kBlock, kResident<T>) collect_kernel(const Arg
     state.listed.capacity = a.layout.part_capacity;
   }
   __syncthreads();
-  collect<kBlock>(state);
+  collect<Block<kBlock>>(state);
   if (threadIdx.x == 0) parts.counts[part] = state.listed.is_last() ? state.listed.found : -1;
 }
 
-template <class T, class L, int TEAM>
-__global__ void __launch_bounds__(kBlock, kResident<T>) search_kernel(const Args a) {
+template <class T, class L, class Threads>
+__global__ void __launch_bounds__(kBlockOf<Threads>, kResident<T> / kBlockOf<Threads>) search_kernel(const Args a) {
   TOPK_FAST_SHARED(shared);
   using S = ArithmeticOf<T>;
   const Search& p = a.search;
-  const int team = (int)(threadIdx.x / TEAM), teams = kBlock / TEAM;
-  State<T>& state = make_state<TEAM, T>(a, shared + team * a.layout.shared, (int64_t)blockIdx.x * teams + team);
+  const int team = (int)threadIdx.x / Threads::kSize, teams = kBlockOf<Threads> / Threads::kSize;
+  State<T>& state = make_state<Threads, T>(a, shared + team * a.layout.shared, (int64_t)blockIdx.x * teams + team);
   while (state.n < p.n_rows) {
     if (is_ignored(p, state.n))
-      write_ignored<TEAM, S>(p, state.n);
+      write_ignored<Threads, S>(p, state.n);
     else if (p.target && (p.target[state.n] < 0 || p.target[state.n] >= p.n_classes))
       TOPK_FAST_STOP("target out of bounds");
     else
-      search_row<L, TEAM>(a, state);
-    Team<TEAM>::sync();
-    if (Team<TEAM>::rank() == 0) state.n += (int64_t)gridDim.x * teams;
-    Team<TEAM>::sync();
+      search_row<L, Threads>(a, state);
+    Threads::sync();
+    if (Threads::rank() == 0) state.n += (int64_t)gridDim.x * teams;
+    Threads::sync();
   }
 }
 
@@ -88,8 +88,11 @@ void launch_search(const Args& a, cudaStream_t stream) {
     const auto collect = collect_kernel<T>;
     TOPK_FAST_LAUNCH(collect, (unsigned)(a.search.n_rows * a.layout.parts), kBlock, shared, stream, a);
   }
-  const auto kernel = a.layout.team == 32 ? search_kernel<T, L, 32> : search_kernel<T, L, kBlock>;
-  TOPK_FAST_LAUNCH(kernel, (unsigned)a.layout.blocks, kBlock, shared, stream, a);
+  const int team = a.layout.team;
+  const auto kernel = team == 32       ? search_kernel<T, L, Warp>
+                      : team == kBlock ? search_kernel<T, L, Block<kBlock>>
+                                       : search_kernel<T, L, Block<kLargest<T>>>;
+  TOPK_FAST_LAUNCH(kernel, (unsigned)a.layout.blocks, (unsigned)(team * a.layout.teams), shared, stream, a);
 }
 
 template <class T>
@@ -126,8 +129,8 @@ extern "C" Gpu topk_cuda_gpu(int device) {
   const int processors = get(cudaDevAttrMultiProcessorCount, 1);
   // GDDR has 3 to 7 bits of a bus for each multiprocessor, HBM about 40.
   const bool is_slow = get(cudaDevAttrGlobalMemoryBusWidth, 40 * processors) < 10 * processors;
-  return {processors, get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kBlockBudget),
-          is_slow ? get(cudaDevAttrL2CacheSize, 1) : 0};
+  return {processors, get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, kBlockBudget), get(cudaDevAttrL2CacheSize, 0),
+          is_slow};
 }
 
 extern "C" const char* topk_cuda_message(int error) { return cudaGetErrorString((cudaError_t)error); }

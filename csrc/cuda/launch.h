@@ -11,7 +11,8 @@ namespace topk_fast {
 struct Gpu {
   int32_t processors;     // multiprocessors
   int32_t shared_memory;  // bytes of each of them
-  int64_t cache;          // bytes of L2 in which the rows at work should stay; 0 where memory is fast enough for others
+  int64_t cache;          // bytes of L2; 0: unknown
+  bool has_slow_memory;   // so that the rows at work had better stay in L2
 };
 
 }  // namespace topk_fast

@@ -39,9 +39,15 @@ struct Survivor {
   int32_t contender;
 };
 
-// Blocks of a search that run on a multiprocessor at a time, by its registers; float64 takes more of them.
+// Threads of a search that run on a multiprocessor at a time, by their registers, and those of its largest team;
+// float64 takes more registers.
 template <class T>
-constexpr int kResident = sizeof(T) == 8 ? 7 : 8;
+constexpr int kResident = sizeof(T) == 8 ? 7 * kBlock : 8 * kBlock;
+template <class T>
+constexpr int kLargest = sizeof(T) == 8 ? kBlock : 2 * kBlock;
+constexpr int kMostWarps = kLargest<float> / 32;
+template <class Threads>
+constexpr int kBlockOf = Threads::kSize < kBlock ? kBlock : Threads::kSize;
 
 // The places of everything, in bytes from the start of a team's part of shared memory or of the workspace.
 struct Layout {
@@ -111,10 +117,10 @@ template <class S>
 struct Listed {
   Contender<S>* at;
   int32_t capacity;
-  int32_t found;             // how many the list would hold if it were long enough
-  S above_cut[kBlock / 32];  // the sum of the distances of their scores from the cut, by warps
-  bool nan;                  // whether a score is NaN
-  bool whole;                // whether they are all of the row's
+  int32_t found;            // how many the list would hold if it were long enough
+  S above_cut[kMostWarps];  // the sum of the distances of their scores from the cut, by warps
+  bool nan;                 // whether a score is NaN
+  bool whole;               // whether they are all of the row's
 
   __device__ __forceinline__ int32_t size() const { return found < capacity ? found : capacity; }
   __device__ __forceinline__ bool is_last() const { return found <= capacity; }  // of the pass
@@ -128,14 +134,14 @@ struct State {
   int64_t first_sample;  // of those that are searched side by side
   int32_t n_samples;
   Row<T> row;
-  Progress progress[kBlock / 32];  // of the warps
-  int32_t step;                    // from a tile to the next one
+  Progress progress[kMostWarps];  // of the warps
+  int32_t step;                   // from a tile to the next one
   Listed<S> listed;
   int32_t counts[kSamples];  // survivors of each sample
   int32_t n_pilot;
-  int32_t pilot[kPilot];         // their places in the list
-  S sums[kMaxRanks];             // of the ranks' values, over the samples so far
-  int64_t scratch[kBlock / 32];  // of reductions
+  int32_t pilot[kPilot];        // their places in the list
+  S sums[kMaxRanks];            // of the ranks' values, over the samples so far
+  int64_t scratch[kMostWarps];  // of reductions
   Lists<S> lists;
   S reach;  // every sample's k-th best attains it
 
@@ -164,11 +170,11 @@ struct State {
 };
 
 // A team's state, made in its part of shared memory; a barrier, too.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ __forceinline__ State<T>& make_state(const Args& a, char* shared, int64_t slot) {
   State<T>* state = (State<T>*)shared;
-  if (Team<TEAM>::rank() == 0) new (state) State<T>(a, shared, slot);
-  Team<TEAM>::sync();
+  if (Threads::rank() == 0) new (state) State<T>(a, shared, slot);
+  Threads::sync();
   return *state;
 }
 
@@ -192,13 +198,17 @@ Args arguments(const Search& search, const Gpu& gpu) {
   a.looked_at = a.planned ? (int32_t)((groups + a.plan.stride - 1) / a.plan.stride) : 0;
   const bool is_double = search.type == ScoreType::kFloat64;
   const int item = search.type == ScoreType::kFloat32 ? 4 : is_double ? 8 : 2, wide = is_double ? 8 : 4;
-  const int resident = is_double ? kResident<double> : kResident<float>;
+  const int64_t threads = (is_double ? kResident<double> : kResident<float>)*(int64_t)gpu.processors;  // at a time
+  const int64_t fit = gpu.cache ? gpu.cache / (n_classes * item) : n_rows;                             // rows in L2
   Layout& l = a.layout;
-  // Short rows take a warp each where there are enough of them to fill the GPU.
-  l.team = n_classes <= 2048 && n_rows >= 16 * (int64_t)gpu.processors ? 32 : kBlock;
-  l.teams = kBlock / l.team;
+  if (n_classes <= 2048 && n_rows >= 16 * (int64_t)gpu.processors) {  // short rows that fill the GPU: a warp each
+    l.team = 32, l.teams = kBlock / 32;
+  } else {  // a block each, the larger one where so few rows, or so few that fit into L2, leave room for it
+    const int64_t rows = fit < n_rows ? fit : n_rows, largest = is_double ? kLargest<double> : kLargest<float>;
+    l.team = largest * rows <= threads ? (int)largest : kBlock, l.teams = 1;
+  }
   l.parts = 1;
-  if (a.planned && n_rows < resident * (int64_t)gpu.processors)
+  if (a.planned && kBlock * n_rows < threads)
     while (l.parts < kMaxParts && n_rows * l.parts < 16 * (int64_t)gpu.processors && n_classes >= 16384 * l.parts)
       l.parts *= 2;
   const auto capacity_for = [](int64_t contenders) { return (int)((contenders + 63) / 32 * 32); };
@@ -207,7 +217,8 @@ Args arguments(const Search& search, const Gpu& gpu) {
   l.part_capacity = capacity_for(expected * 3 / 2 / l.parts);
   if (l.parts > 1) l.capacity = l.parts * l.part_capacity;
 
-  const int64_t budget_of_block = gpu.shared_memory / resident - 1024;  // CUDA keeps 1 KB of each block's
+  const int64_t blocks = threads / (l.team * l.teams * (int64_t)gpu.processors);  // on a multiprocessor
+  const int64_t budget_of_block = gpu.shared_memory / blocks - 1024;              // CUDA keeps 1 KB of each block's
   const int64_t budget = (budget_of_block < kBlockBudget ? budget_of_block : kBlockBudget) / l.teams;
   int at = 0;
   const auto place = [&at](int64_t bytes) {
@@ -229,9 +240,9 @@ Args arguments(const Search& search, const Gpu& gpu) {
   l.list_in_shared = at + aligned(list) <= budget;
   l.list_at = l.list_in_shared ? place(list) : 0;
   l.shared = at;
-  int64_t most = resident * (int64_t)gpu.processors * l.teams;  // teams at work at a time; each takes many rows
-  const int64_t fit = gpu.cache / (n_classes * item), fewest = kFewest * (int64_t)gpu.processors;
-  if (gpu.cache && l.parts == 1 && fit < most) most = fit > fewest ? fit : fewest;
+  int64_t most = threads / l.team;  // teams at work at a time; each takes many rows
+  const int64_t fewest = kFewest * (int64_t)gpu.processors;
+  if (gpu.has_slow_memory && gpu.cache && l.parts == 1 && fit < most) most = fit > fewest ? fit : fewest;
   const int64_t teams = n_rows < 1 ? 1 : n_rows < most ? n_rows : most;
   l.blocks = (teams + l.teams - 1) / l.teams;
   l.workspace_list = l.best_in_shared ? 0 : aligned(best);

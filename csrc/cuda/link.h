@@ -15,14 +15,14 @@ constexpr int kLinkBlock = 1024;
 
 template <class S>
 __device__ void write_losses(const Link& p, int64_t* scratch) {
-  using Threads = Team<kLinkBlock>;
   RowLoss<S> sums{0, 0};
   for (int64_t n = (int64_t)blockIdx.x * kLinkBlock + threadIdx.x; n < p.n_rows; n += (int64_t)gridDim.x * kLinkBlock) {
     if (!has_numbers(p, n)) TOPK_FAST_STOP("target out of bounds");
     const RowLoss<S> row = link_row<S>(p, n);
     sums.loss += row.loss, sums.share += row.share;
   }
-  if (p.reduction != Reduction::kNone) sums = {Threads::sum(sums.loss, scratch), Threads::sum(sums.share, scratch)};
+  if (p.reduction != Reduction::kNone)
+    sums = {Block<kLinkBlock>::sum(sums.loss, scratch), Block<kLinkBlock>::sum(sums.share, scratch)};
   if (blockIdx.x || threadIdx.x) return;
   const S divisor = p.reduction == Reduction::kMean ? sums.share : (S)1;
   *(S*)p.divisor = divisor;

@@ -7,7 +7,7 @@ namespace topk_fast {
 namespace {
 
 // The contenders that the parts of a row found into its team's list; a barrier, too.
-template <int TEAM, class T, class S>
+template <class Threads, class T, class S>
 __device__ void gather(const Args& a, const Parts<S>& parts, State<T>& state) {
   auto& listed = state.listed;
   Found<S> found{(S)0, false};
@@ -15,26 +15,26 @@ __device__ void gather(const Args& a, const Parts<S>& parts, State<T>& state) {
   for (int part = 0; part < a.layout.parts; ++part) {
     const int count = parts.counts[part];
 #pragma unroll 1
-    for (int i = Team<TEAM>::rank(); i < count; i += TEAM) {
+    for (int i = Threads::rank(); i < count; i += Threads::kSize) {
       const Contender<S> c = parts.list[(int64_t)part * a.layout.part_capacity + i];
       listed.at[n + i] = c;
       found.look_at(c.score, state.row.cut);
     }
     n += count;
   }
-  if (Team<TEAM>::rank() == 0) listed.found = n, listed.whole = true;
-  end_list<TEAM>(found, listed);
+  if (Threads::rank() == 0) listed.found = n, listed.whole = true;
+  end_list<Threads>(found, listed);
 }
 
 // Writes the whole lists of some samples; NaN and -2 in a row with a NaN.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ void write_lists(const Args& a, const State<T>& state) {
   using S = ArithmeticOf<T>;
   const Search& p = a.search;
   const bool nan = state.listed.nan;
   const int64_t first = (state.n * p.n_sample + state.first_sample) * p.k;
 #pragma unroll 1
-  for (int64_t i = Team<TEAM>::rank(); i < state.n_samples * p.k; i += TEAM) {
+  for (int64_t i = Threads::rank(); i < state.n_samples * p.k; i += Threads::kSize) {
     ((S*)p.values)[first + i] = nan ? (S)__builtin_nan("") : state.lists.values[i];
     p.classes[first + i] = nan ? -2 : state.lists.classes[i];
   }
@@ -47,9 +47,8 @@ __device__ __forceinline__ int place_of_rank(const Search& p, int m, int place_o
 }
 
 // Writes the class ids of some samples, and adds each rank's values to its sum, in the order of the samples.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ void write_ranks(const Args& a, State<T>& state) {
-  using Threads = Team<TEAM>;
   const Search& p = a.search;
   const auto& lists = state.lists;
   int* places = state.counts;  // of the target, by sample
@@ -64,7 +63,7 @@ __device__ void write_ranks(const Args& a, State<T>& state) {
   }
   int64_t* classes = p.classes + (state.n * p.n_sample + state.first_sample) * p.n_ranks;
 #pragma unroll 1
-  for (int i = Threads::rank(); i < state.n_samples * p.n_ranks; i += TEAM) {
+  for (int i = Threads::rank(); i < state.n_samples * p.n_ranks; i += Threads::kSize) {
     const int b = i / p.n_ranks;
     classes[i] = lists.classes_of(b)[place_of_rank(p, i % p.n_ranks, places[b])];
   }
@@ -94,13 +93,13 @@ __device__ void write_excess(const Args& a, const State<T>& state) {
 }
 
 // Writes the excesses and class ids of a row whose target is ignore_index.
-template <int TEAM, class S>
+template <class Threads, class S>
 __device__ void write_ignored(const Search& p, int64_t n) {
   const int64_t ids = p.n_sample * p.n_ranks;
 #pragma unroll 1
-  for (int64_t i = Team<TEAM>::rank(); i < ids; i += TEAM) p.classes[n * ids + i] = -1;
+  for (int64_t i = Threads::rank(); i < ids; i += Threads::kSize) p.classes[n * ids + i] = -1;
 #pragma unroll 1
-  for (int m = Team<TEAM>::rank(); m < p.n_ranks; m += TEAM) ((S*)p.values)[n * p.n_ranks + m] = (S)0;
+  for (int m = Threads::rank(); m < p.n_ranks; m += Threads::kSize) ((S*)p.values)[n * p.n_ranks + m] = (S)0;
 }
 
 template <class T>
@@ -109,26 +108,24 @@ __device__ __forceinline__ Scores<T> scores_of(const Search& p, int64_t n) {
 }
 
 // Starts the row's list of contenders: from its parts, or at its first tile. A barrier, too.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ void start_contenders(const Args& a, State<T>& state) {
-  using Threads = Team<TEAM>;
   using S = ArithmeticOf<T>;
   const Parts<S> parts(a, state.n);
   bool in_parts = a.layout.parts > 1;
-  const S cut = in_parts ? *parts.cut : a.planned ? cut_of<TEAM>(a, state.row.scores, state) : -infinity<S>();
+  const S cut = in_parts ? *parts.cut : a.planned ? cut_of<Threads>(a, state.row.scores, state) : -infinity<S>();
   for (int part = 0; in_parts && part < a.layout.parts; ++part) in_parts = parts.counts[part] >= 0;
   if (Threads::rank() == 0) {
     state.row.cut = cut;
     state.listed.nan = state.listed.whole = false;
   }
   Threads::sync();
-  if (in_parts) gather<TEAM>(a, parts, state);
+  if (in_parts) gather<Threads>(a, parts, state);
 }
 
 // Lists the first or next contenders, or all of them from -inf on where the walk over the others might find too few.
-template <int TEAM, class T>
+template <class Threads, class T>
 __device__ void next_contenders(const Args& a, State<T>& state, bool first) {
-  using Threads = Team<TEAM>;
   using S = ArithmeticOf<T>;
   auto& listed = state.listed;
   for (;;) {
@@ -138,12 +135,12 @@ __device__ void next_contenders(const Args& a, State<T>& state, bool first) {
         if (Threads::rank() == 0) listed.found = 0;
         Threads::sync();
       }
-      collect<TEAM>(state);
+      collect<Threads>(state);
       whole = first && listed.is_last();
       if (Threads::rank() == 0) listed.whole = whole;
     }
     if (!whole || listed.found >= a.search.k || state.row.cut == -infinity<S>()) return;
-    if (!finite_are_fewer<TEAM>(state.row.scores, a.plan.contenders, state.scratch)) return;
+    if (!finite_are_fewer<Threads>(state.row.scores, a.plan.contenders, state.scratch)) return;
     Threads::sync();
     if (Threads::rank() == 0) {
       state.row.cut = -infinity<S>();
@@ -154,17 +151,16 @@ __device__ void next_contenders(const Args& a, State<T>& state, bool first) {
 }
 
 // Makes the lists of some samples from the row's contenders and arrivals.
-template <class L, int TEAM, class T>
+template <class L, class Threads, class T>
 __device__ void search_samples(const Args& a, State<T>& state) {
-  using Threads = Team<TEAM>;
   using S = ArithmeticOf<T>;
 #pragma unroll 1
   for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps) state.lists.clear(b);
   for (bool first = true, last = false; !last; first = false) {
-    next_contenders<TEAM>(a, state, first);
+    next_contenders<Threads>(a, state, first);
     if (state.listed.nan) return;
     last = state.listed.is_last();
-    draw<L, TEAM>(a, state, last);
+    draw<L, Threads>(a, state, last);
   }
 #pragma unroll 1
   for (int b = Threads::warp(); b < state.n_samples; b += Threads::kWarps) {
@@ -178,16 +174,15 @@ __device__ void search_samples(const Args& a, State<T>& state) {
 }
 
 // Searches a row for all samples and writes what is made of them.
-template <class L, int TEAM, class T>
+template <class L, class Threads, class T>
 __device__ void search_row(const Args& a, State<T>& state) {
-  using Threads = Team<TEAM>;
   const Search& p = a.search;
   if (Threads::rank() == 0) {
     state.row.scores = scores_of<T>(p, state.n), state.row.number = (uint32_t)(p.first_row + state.n);
     state.first_sample = 0, state.n_samples = 0;
   }
   Threads::sync();
-  start_contenders<TEAM>(a, state);
+  start_contenders<Threads>(a, state);
 #pragma unroll 1
   for (;;) {
     Threads::sync();
@@ -200,11 +195,11 @@ __device__ void search_row(const Args& a, State<T>& state) {
     }
     Threads::sync();
     if (state.n_samples == 0) break;
-    search_samples<L, TEAM>(a, state);
+    search_samples<L, Threads>(a, state);
     if (!p.n_ranks)
-      write_lists<TEAM>(a, state);
+      write_lists<Threads>(a, state);
     else if (!state.listed.nan)
-      write_ranks<TEAM>(a, state);
+      write_ranks<Threads>(a, state);
   }
   if (p.n_ranks && Threads::warp() == 0) write_excess(a, state);
 }

@@ -19,7 +19,7 @@ namespace topk_fast {
 namespace {
 
 constexpr unsigned kFull = 0xffffffffu;
-constexpr int kBlock = 128;  // threads of a block: one team, or four of a warp
+constexpr int kBlock = 128;  // threads of a block where nothing asks for more
 
 template <class T>
 using ArithmeticOf = typename Arithmetic<T>::type;
@@ -64,26 +64,31 @@ __device__ __forceinline__ V sum_to_lane(V v) {
   return v;
 }
 
-template <int TEAM>
-struct Team {
-  static constexpr int kWarps = TEAM / 32;
-  static __device__ __forceinline__ int rank() { return (int)(threadIdx.x % TEAM); }
-  static __device__ __forceinline__ int warp() { return (int)(threadIdx.x % TEAM / 32); }
-  static __device__ __forceinline__ void sync() {
-    if (TEAM == 32)
-      __syncwarp();
-    else
-      __syncthreads();
+// A team of threads is a warp or a block.
+
+struct Warp {
+  static constexpr int kSize = 32, kWarps = 1;
+  static __device__ __forceinline__ int warp() { return 0; }
+  static __device__ __forceinline__ int rank() { return lane_of(); }
+  static __device__ __forceinline__ void sync() { __syncwarp(); }
+  // The sum of a value of each thread, the same in all.
+  template <class V>
+  static __device__ __forceinline__ V sum(V v, int64_t* = nullptr) {
+    for (int by = 16; by > 0; by /= 2) v += __shfl_xor_sync(kFull, v, by);
+    return v;
   }
-  // Whether it is so for any thread of the team; a barrier, too.
-  static __device__ __forceinline__ bool any(bool so) {
-    return TEAM == 32 ? __any_sync(kFull, so) : __syncthreads_or(so);
-  }
+};
+
+template <int SIZE>
+struct Block {
+  static constexpr int kSize = SIZE, kWarps = SIZE / 32;
+  static __device__ __forceinline__ int warp() { return (int)threadIdx.x / 32; }
+  static __device__ __forceinline__ int rank() { return (int)threadIdx.x; }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
   // The sum of a value of each thread, the same in all. `scratch` holds a value for each warp.
   template <class V>
   static __device__ __forceinline__ V sum(V v, int64_t* scratch) {
-    for (int by = 16; by > 0; by /= 2) v += __shfl_xor_sync(kFull, v, by);
-    if (TEAM == 32) return v;
+    v = Warp::sum(v);
     V* of_warps = (V*)scratch;
     sync();
     if (lane_of() == 0) of_warps[warp()] = v;

@@ -249,7 +249,7 @@ def test_a_free_threaded_python_has_binaries_of_its_own(monkeypatch, free_thread
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sysconfig, "get_config_var", variables.get)
     made = configured()
-    assert [extension.py_limited_api for extension in made["ext_modules"]] == [not free_threaded]
+    assert {extension.py_limited_api for extension in made["ext_modules"]} == {not free_threaded}  # with CUDA: two
     assert ("bdist_wheel" in made["options"]) != free_threaded
 
 

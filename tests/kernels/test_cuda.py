@@ -5,6 +5,7 @@ Where the extension is built and there is a GPU, the same cases run on it too.
 """
 
 import ctypes
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -102,7 +103,7 @@ class Link(ctypes.Structure):
 
 
 class Gpu(ctypes.Structure):
-    _fields_ = [("processors", INT), ("shared_memory", INT), ("cache", LONG)]
+    _fields_ = [("processors", INT), ("shared_memory", INT), ("cache", LONG), ("has_slow_memory", ctypes.c_bool)]
 
 
 H100_SHARED_MEMORY = 228 << 10
@@ -148,7 +149,7 @@ class Model:
 
     def __init__(self, path, order=0):
         self.library, self.order = ctypes.CDLL(str(path)), order
-        self.processors, self.shared_memory, self.cache = 1, H100_SHARED_MEMORY, 0
+        self.processors, self.shared_memory, self.cache, self.has_slow_memory = 1, H100_SHARED_MEMORY, 0, True
         self.library.topk_cuda_workspace.restype = LONG
         self.library.simt_error.restype = ctypes.c_char_p
         self.library.simt_start.argtypes = [ctypes.c_uint64]
@@ -183,7 +184,7 @@ class Model:
             values.data_ptr(),
             classes.data_ptr(),
         )
-        gpu = Gpu(self.processors, self.shared_memory, self.cache)
+        gpu = Gpu(self.processors, self.shared_memory, self.cache, self.has_slow_memory)
         size = self.library.topk_cuda_workspace(ctypes.byref(request), ctypes.byref(gpu))
         workspace = torch.full((size // 8,), -(2**60), dtype=torch.int64)  # nobody may count on zeros
         arguments = ctypes.byref(request), ctypes.byref(gpu), POINTER(workspace.data_ptr())
@@ -322,7 +323,8 @@ SHAPES = {
     "four warps a short row": (5, 700, 6, 5),
     "a warp a row": (17, 700, 6, 5),
     "a warp a row, many samples": (16, 300, 3, 33),
-    "four warps a row": (2, 3000, 6, 10),
+    "four warps a row": (5, 3000, 6, 10),
+    "eight warps a row": (2, 3000, 6, 10),
     "rows read twice": (2, 20_011, 6, 5),
     "k beyond a warp": (1, 1500, 100, 3),
     "lists in the workspace": (1, 2500, 200, 9),
@@ -685,7 +687,7 @@ def test_a_strided_gradient_comes_on_a_device(strided):
 
 BUGS = {  # in the source, and how they show: as an error of the model or as wrong bits
     "no barrier after the collection": (
-        "if (found.nan) listed.nan = true;\n  Team<TEAM>::sync();",
+        "if (found.nan) listed.nan = true;\n  Threads::sync();",
         "if (found.nan) listed.nan = true;",
         None,
     ),
@@ -762,7 +764,12 @@ def in_a_child(function):
     """What a function returns in a process of its own, or how that process ended: a bug may write anywhere."""
     processes = multiprocessing.get_context("fork")
     receiver, sender = processes.Pipe(duplex=False)
-    child = processes.Process(target=lambda: sender.send(function()))
+
+    def run():
+        faulthandler.disable()  # what it would say of a bug that was planted is no news
+        sender.send(function())
+
+    child = processes.Process(target=run)
     child.start()
     child.join(100)
     if not receiver.poll():
@@ -846,14 +853,13 @@ def test_compiled_for_gpus_within_the_budget():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    # architectures; dtypes, kernels: searches by law and team, and the others; the link's two types
-    assert len(facts) == 3 * (4 * (2 * 2 + 3) + 2)
+    # architectures; dtypes, kernels: searches by law and team, and the others; float64 has no large team; the link
+    assert len(facts) == 3 * (4 * (2 * 3 + 3) - 2 + 2)
     for row in facts:
         most = 72 if "double" in row["kernel"] else 64
         assert row["registers"] <= most and row["spill_bytes"] == 0 and row["stack_bytes"] == 0, row
-        assert row["forbidden"] == [] or row["kernel"].startswith("link"), (
-            row
-        )  # whose softplus has CUDA's exp and log1p
+        # The link's softplus has CUDA's exp and log1p.
+        assert row["forbidden"] == [] or row["kernel"].startswith("link"), row
         wide = {"search_kernel": 6, "cut_kernel": 1, "collect_kernel": 4, "gradient_kernel": 0, "link_kernel": 0}
         assert row["loads_of_16_bytes"] >= wide[row["kernel"].split()[0]], row
         assert row["stores_of_16_bytes"] >= (row["kernel"].startswith("gradient")), row

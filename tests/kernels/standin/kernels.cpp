@@ -53,8 +53,9 @@ struct Named<Kernel> {
 
 template <class T, class L>
 void add_searches(Table& table) {
-  Named<search_kernel<T, L, 32>>::add(table);
-  Named<search_kernel<T, L, kBlock>>::add(table);
+  Named<search_kernel<T, L, Warp>>::add(table);
+  Named<search_kernel<T, L, Block<kBlock>>>::add(table);
+  if (kLargest<T> != kBlock) Named<search_kernel<T, L, Block<kLargest<T>>>>::add(table);
 }
 
 template <class T>
