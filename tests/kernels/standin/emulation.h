@@ -13,7 +13,7 @@ struct Emulation {
   std::function<std::string()> run;
 };
 
-// "search_kernel<float, NormalLaw, 32>" of a demangled name, whatever compiler it comes from.
+// "search_kernel<float, NormalLaw, Block<128>>" of a demangled name, whatever compiler it comes from.
 std::string readable(const std::string& name);
 // An emulation of a launch of the kernel with this readable name, empty where there is none.
 Emulation emulation_of(const std::string& kernel, unsigned grid, unsigned block, size_t shared, const void* argument);

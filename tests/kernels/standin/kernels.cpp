@@ -16,7 +16,8 @@ std::string readable(const std::string& name) {
   const std::string bare =
       std::regex_replace(name, std::regex("(\\w+|\\{anonymous\\}|\\(anonymous namespace\\))::"), "");
   std::smatch found;
-  return std::regex_search(bare, found, std::regex("\\w+_kernel(<[\\w, ]*>)?")) ? found.str() : bare;
+  if (!std::regex_search(bare, found, std::regex("\\w+_kernel(<[\\w, <>]*>)?"))) return bare;
+  return std::regex_replace(found.str(), std::regex(" >"), ">");
 }
 
 namespace {
