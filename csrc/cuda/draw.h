@@ -125,7 +125,7 @@ template <class L, class Threads, class T>
 __device__ void draw(const Args& a, State<T>& state, bool last) {
   using S = ArithmeticOf<T>;
   const int rank = Threads::rank(), n = state.listed.size();
-  int done = 0, tile = kPilot, most = n;
+  int done = 0, tile = kPilot, most = n < kDrawn ? n : kDrawn;
   bool waiting = false;  // survivors
   if (rank < kSamples) state.counts[rank] = 0;
   if (state.reach == -infinity<S>() && n > kPilot && state.lists.k <= kPilot) {

@@ -15,6 +15,7 @@ constexpr int kMaxParts = 16;           // blocks that share a row
 constexpr int kSamples = 16;            // samples of a row that are searched side by side, at most
 constexpr int kFewest = 2;              // of these, where rows should stay in L2
 constexpr int kPilot = 32;              // contenders whose draws make the first bound
+constexpr int kDrawn = 512;             // contenders that are drawn before anybody looks at their survivors, at most
 constexpr int kMostAtOnce = 4096;       // contenders in a team's list, about
 constexpr int kBlockBudget = 46 << 10;  // bytes of shared memory that every GPU gives a block
 
@@ -201,16 +202,17 @@ Args arguments(const Search& search, const Gpu& gpu) {
   const int64_t threads = (is_double ? kResident<double> : kResident<float>)*(int64_t)gpu.processors;  // at a time
   const int64_t fit = gpu.cache ? gpu.cache / (n_classes * item) : n_rows;                             // rows in L2
   Layout& l = a.layout;
-  if (n_classes <= 2048 && n_rows >= 16 * (int64_t)gpu.processors) {  // short rows that fill the GPU: a warp each
-    l.team = 32, l.teams = kBlock / 32;
-  } else {  // a block each, the larger one where so few rows, or so few that fit into L2, leave room for it
-    const int64_t rows = fit < n_rows ? fit : n_rows, largest = is_double ? kLargest<double> : kLargest<float>;
-    l.team = largest * rows <= threads ? (int)largest : kBlock, l.teams = 1;
-  }
   l.parts = 1;
   if (a.planned && kBlock * n_rows < threads)
     while (l.parts < kMaxParts && n_rows * l.parts < 16 * (int64_t)gpu.processors && n_classes >= 16384 * l.parts)
       l.parts *= 2;
+  if (n_classes <= 2048 && n_rows >= 16 * (int64_t)gpu.processors) {  // short rows that fill the GPU: a warp each
+    l.team = 32, l.teams = kBlock / 32;
+  } else {  // a block each, the larger one where so few rows, or so few that fit into L2, leave room for it
+    const int64_t rows = l.parts == 1 && fit < n_rows ? fit : n_rows;
+    const int64_t largest = is_double ? kLargest<double> : kLargest<float>;
+    l.team = largest * rows <= threads ? (int)largest : kBlock, l.teams = 1;
+  }
   const auto capacity_for = [](int64_t contenders) { return (int)((contenders + 63) / 32 * 32); };
   const int64_t expected = a.planned ? a.plan.contenders : n_classes;
   l.capacity = capacity_for(expected < kMostAtOnce ? expected * 5 / 4 : kMostAtOnce);
