@@ -230,7 +230,7 @@ Args arguments(const Search& search, const Gpu& gpu) {
   };
   place(is_double ? sizeof(State<double>) : sizeof(State<float>));
   const int64_t entries = search.k * (wide + 4);  // of a sample's list
-  l.held = l.team == 32 ? 32 : 96;
+  l.held = l.team == 32 ? 32 : budget < 16 << 10 ? 96 : 128;
   const auto survivors = [&l] { return (int64_t)l.samples * l.held * (int64_t)sizeof(Survivor); };
   l.samples = search.n_sample > 8 ? 16 : search.n_sample > 4 ? 8 : 4;
   while (l.samples > 4 && at + survivors() + (search.k > 32 ? 0 : l.samples * entries) > budget) l.samples /= 2;
