@@ -111,16 +111,9 @@ inline void move_convergence(Warp& w, const Instruction& i) {
 inline void block_barrier(Warp& w, const Instruction& i) {
   if (!w.exec) return;
   if (i.src[0].kind != Kind::kImmediate || i.n_src > 1) throw Error("a barrier of a part of the block");
-  if (i.has(Mod::kRED)) w.voted = w.predicate(i.ps[0]) & w.exec;
-  w.block->votes_hold = i.has(Mod::kAND);
   Group& g = apart(w);
   g.wait = Wait::kBlock, g.barrier = (int)i.src[0].value;
   settle(w);
-}
-inline void barrier_result(Warp& w, const Instruction& i) {
-  const Block& b = *w.block;
-  to_lanes(w, i, [&](int) { return b.votes; });
-  if (i.n_pd) w.set_predicate(i.pd[0], (b.votes_hold ? b.votes == b.size : b.votes > 0) ? kAll : 0);
 }
 
 inline void shuffle(Warp& w, const Instruction& i) {

@@ -91,7 +91,6 @@ LATENCIES = {
     "CS2R": 12,
     "LDC": 30,
     "ULDC": 12,
-    "B2R": 24,
     "FCHK": 18,
     "DADD": 24,
     "DMUL": 24,

@@ -23,8 +23,8 @@ constexpr int kTrue = 7, kUniformTrue = 15, kPredicates = 16;
       kSX32, kLUT, kL, kR, kW, kFTZ, kRZ, kRP, kRM, kTRUNC, kFLOOR, kCEIL, kNTZ, kPACK_AB, kLT, kEQ, kLE, kGT, kNE,   \
       kGE, kLTU, kEQU, kLEU, kGTU, kNEU, kGEU, kNUM, kNAN, kAND, kOR, kXOR, kPAND, kIDX, kUP, kDOWN, kBFLY, kANY,     \
       kALL, kMAX, kMIN, kSUM, kADD, kEXCH, kRCP, kRSQ, kSQRT, kEX2, kLG2, kRCP64H, kE, kU, kCONSTANT, kSTRONG, kWEAK, \
-      kGPU, kSYS, kSM, kCTA, kSYNC, kRED, kPOPC, kDEFER_BLOCKING, kRESULT, kDIV, kCONV, kEL, kEF, kLTC128B, kREL,     \
-      kABS, kNOINC, kNODEC, kCOLLECTIVE, kCLEAR, kB32, kB64, kB128, kMMA, kNA, kZD, kSC, kLU, kBF16_V2, kBF
+      kGPU, kSYS, kSM, kCTA, kSYNC, kDEFER_BLOCKING, kDIV, kCONV, kEL, kEF, kLTC128B, kREL, kABS, kNOINC, kNODEC,     \
+      kCOLLECTIVE, kCLEAR, kB32, kB64, kB128, kMMA, kNA, kZD, kSC, kLU, kBF16_V2, kBF
 
 enum class Mod { MODEL_MODIFIERS, kCount };
 using Mods = std::bitset<(size_t)Mod::kCount>;

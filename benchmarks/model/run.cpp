@@ -60,13 +60,11 @@ int64_t run_block(Block& b) {
     bool over = true;
     for (auto& w : b.warps) run_warp(*w), latest = std::max(latest, w->clock), over &= !w->alive;
     if (over) return latest;
-    b.votes = 0;
     for (auto& w : b.warps)
       for (const Group& g : w->groups)
         if (g.wait != Wait::kBlock) throw Error("lanes wait for others that will not come");
     for (auto& w : b.warps) {
       if (!w->alive) continue;
-      b.votes += (uint32_t)__builtin_popcount(w->voted), w->voted = 0;
       const int64_t until = latest + b.machine->barrier_latency;
       b.counts[w->groups[0].at - 1].waited += until - w->clock;
       w->clock = until;

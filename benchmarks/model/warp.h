@@ -37,7 +37,6 @@ struct Warp {
   int current = 0;
   int64_t clock = 0, ready[6] = {}, latency = 0;
   std::vector<uint32_t> local;  // [words of the stack, lanes], where something lies there
-  uint32_t voted = 0;           // its lanes' predicates at a barrier that reduces
 
   Group& group() { return groups[current]; }
   uint32_t predicate(const Predicate& x) const { return x.inverted ? ~p[x.index] : p[x.index]; }
@@ -74,8 +73,6 @@ struct Block {
   L1 l1;
   std::vector<std::unique_ptr<Warp>> warps;
   const std::vector<Range>* memory;
-  uint32_t votes = 0;  // threads whose predicate held at the last barrier that reduced
-  bool votes_hold = false;
   Block(const Machine& m, L2* level2) : machine(&m), l2(level2), l1(m.l1_bytes) {}
 };
 

@@ -116,11 +116,8 @@ inline void enter() {
 inline void release(Block& b) {
   bool all = true;
   for (Fiber& f : b.fibers) all &= f.wait == Wait::kBlock;
-  if (all) {
-    uint64_t any = 0;
-    for (Fiber& f : b.fibers) any |= f.posted;
-    for (Fiber& f : b.fibers) f.wait = Wait::kNone, f.seen[0] = any;
-  }
+  if (all)
+    for (Fiber& f : b.fibers) f.wait = Wait::kNone;
   for (size_t start = 0; start < b.fibers.size(); start += 32) {
     const size_t lanes = std::min<size_t>(32, b.fibers.size() - start);
     Fiber* warp = &b.fibers[start];
@@ -225,11 +222,6 @@ inline Index thread() { return {block()->running->thread}; }
 #define TOPK_FAST_STOP(message) simt::fail(message)
 
 inline void __syncthreads() { simt::yield(simt::Wait::kBlock); }
-inline bool __syncthreads_or(bool predicate) {
-  simt::Fiber* self = simt::block()->running;
-  simt::yield(simt::Wait::kBlock, 0, predicate);
-  return self->seen[0];
-}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::collective(simt::Wait::kSync, mask, 0); }
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   simt::Fiber& f = simt::collective(simt::Wait::kBallot, mask, predicate);
