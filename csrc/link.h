@@ -18,13 +18,18 @@ struct Linked {
   S value, slope;
 };
 
-template <class S>
+// Without a softplus no function of the C library is needed, whose bits and versions differ between systems.
+template <class S, bool HAS_SOFTPLUS>
 TOPK_FAST_FN Linked<S> linked(LinkKind kind, S x, S beta) {
   if (kind == LinkKind::kIdentity) return {x, (S)1};
-  if (kind == LinkKind::kHinge) return x > 0 ? Linked<S>{x, (S)1} : x <= 0 ? Linked<S>{0, 0} : Linked<S>{x, x};
-  if (x * beta > kLinearFrom) return {x, (S)1};
-  const S z = std::exp(x * beta);
-  return {std::log1p(z) / beta, z / (z + 1)};
+  if constexpr (HAS_SOFTPLUS) {
+    if (kind == LinkKind::kSoftplus) {
+      if (x * beta > kLinearFrom) return {x, (S)1};
+      const S z = std::exp(x * beta);
+      return {std::log1p(z) / beta, z / (z + 1)};
+    }
+  }
+  return x > 0 ? Linked<S>{x, (S)1} : x <= 0 ? Linked<S>{0, 0} : Linked<S>{x, x};
 }
 
 // The class whose margin and weight a row takes; an ignored row takes class 0's, which do not count.
@@ -43,7 +48,7 @@ struct RowLoss {
 };
 
 // The loss of row n, for which `has_numbers` holds. Its slope is written, and the loss where rows are wanted.
-template <class S>
+template <class S, bool HAS_SOFTPLUS>
 TOPK_FAST_FN RowLoss<S> link_row(const Link& p, int64_t n) {
   const S beta = (S)(1 / p.temperature), scale = (S)p.scale;
   const bool valid = p.target[n] != p.ignore_index;
@@ -53,7 +58,7 @@ TOPK_FAST_FN RowLoss<S> link_row(const Link& p, int64_t n) {
   S loss = 0;
   for (int64_t m = 0; m < p.n_ranks; ++m) {
     const int64_t at = n * p.n_ranks + m;
-    const Linked<S> one = linked<S>(p.kind, ((const S*)p.excess)[at] + margin, beta);
+    const Linked<S> one = linked<S, HAS_SOFTPLUS>(p.kind, ((const S*)p.excess)[at] + margin, beta);
     const S share = (S)p.rank_weights[m], term = one.value * scale * share;
     loss = m ? loss + term : term;
     ((S*)p.slope)[at] = one.slope * share * weight * scale;

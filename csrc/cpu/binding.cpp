@@ -49,7 +49,10 @@ struct Cpu {
     if (job.picked) kernel.finish(job);
   }
 
-  void link(const Link& p) const { p.is_double ? write_losses<double>(p) : write_losses<float>(p); }
+  void link(const Link& p) const {
+    STD_TORCH_CHECK(p.kind != LinkKind::kSoftplus, "a softplus of the CPU's excesses is left to torch");
+    p.is_double ? write_losses<double>(p) : write_losses<float>(p);
+  }
 
   // Writes the rows' losses and slopes, and the divisor.
   template <class S>
@@ -57,7 +60,7 @@ struct Cpu {
     S share = 0;
     for (int64_t n = 0; n < p.n_rows; ++n) {
       STD_TORCH_CHECK(has_numbers(p, n), "target out of bounds");
-      share += link_row<S>(p, n).share;
+      share += link_row<S, false>(p, n).share;
     }
     *(S*)p.divisor = p.reduction == Reduction::kMean ? share : (S)1;
   }

@@ -18,7 +18,7 @@ __device__ void write_losses(const Link& p, int64_t* scratch) {
   RowLoss<S> sums{0, 0};
   for (int64_t n = (int64_t)blockIdx.x * kLinkBlock + threadIdx.x; n < p.n_rows; n += (int64_t)gridDim.x * kLinkBlock) {
     if (!has_numbers(p, n)) TOPK_FAST_STOP("target out of bounds");
-    const RowLoss<S> row = link_row<S>(p, n);
+    const RowLoss<S> row = link_row<S, true>(p, n);
     sums.loss += row.loss, sums.share += row.share;
   }
   if (p.reduction != Reduction::kNone)

@@ -330,6 +330,7 @@ def test_no_warning_where_the_kernels_are_built(have, name):
     assert warned(CALLS[name], X)[1] == []
 
 
+@pytest.mark.slow
 @every_call
 def test_a_warning_does_not_break_a_graph(have, name):
     have()

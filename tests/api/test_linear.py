@@ -216,6 +216,7 @@ def test_gradients_in_half_precision_are_float32_ones_rounded_once(dtype):
         same(a, b.to(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [None, 11])
 def test_gradcheck(chunk, kind):

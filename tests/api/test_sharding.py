@@ -37,9 +37,12 @@ from topk_fast.functional import (
     sampled_cross_entropy,
 )
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo"
-)
+pytestmark = [
+    pytest.mark.slow,  # its processes take twenty seconds to start
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo"
+    ),
+]
 N, L, D, K = 9, 60, 8, 4
 WORLDS = (1, 2, 4)
 SIZES = {  # how the L classes lie on 4 ranks; fewer ranks take neighbours together

@@ -1,5 +1,8 @@
 """Contract under test: same seed, same bits, on every backend, instruction set, thread count, chunk and layout."""
 
+import re
+import shutil
+import subprocess
 from contextlib import contextmanager
 
 import pytest
@@ -14,6 +17,7 @@ from testing import (
     KNOWN,
     KNOWN_IDS,
     NAN,
+    ROOT,
     assert_same,
     dense_oracle,
     equal_scores_under_a_mask,
@@ -362,6 +366,24 @@ def test_the_cpp_link_refuses_labels_beyond_its_numbers():
             arguments = Criterion(**numbers).arguments(1)
             with pytest.raises(RuntimeError, match="target out of bounds"):
                 ops.kernel("link", "cpp")(torch.zeros(1, 1), torch.tensor([label]), -100, *arguments)
+
+
+@NEEDS_CPP
+def test_the_cpp_link_leaves_a_softplus_to_torch():
+    with pytest.raises(RuntimeError, match="a softplus of the CPU's excesses is left to torch"):
+        ops.kernel("link", "cpp")(torch.zeros(1, 1), torch.tensor([0]), -100, *Criterion("softplus").arguments(1))
+
+
+@NEEDS_CPP
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm, which lists symbols")
+def test_the_cpp_kernels_call_no_function_of_libm():
+    """Their bits would be the system's, and a wheel would need its glibc: exp and log have had new versions since."""
+    (file,) = (ROOT / "topk_fast").glob("_C.*so")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", file], capture_output=True, text=True, check=True).stdout
+    called = set(re.findall(r" U (\w+)", listed))
+    assert called
+    functions = ["exp", "exp2", "expm1", "log", "log2", "log1p", "pow", "sqrt", "erf"]
+    assert not called & {name + suffix for name in functions for suffix in ("", "f")}
 
 
 LAYOUTS = {
