@@ -48,7 +48,7 @@ PARALLEL = $$($(PYTHON) -c "import xdist; print('-n auto --dist loadfile --no-lo
 test: build
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL)
 
-# The public API and the noise contract, on the backends of the CPU: what a change breaks first.
+# Eager code and the noise contract, on the backends of the CPU: what a change breaks first.
 test-fast: build
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) -m "not slow" tests/api tests/contract tests/kernels/test_backends.py
 

@@ -36,6 +36,8 @@ from topk_fast.functional import (
 from topk_fast.request import Labels, Noise, Place, Slice
 
 N, L, K = 6, 300, 5
+
+pytestmark = pytest.mark.slow  # most of them compile
 MARGINS = torch.linspace(0.1, 1.0, L)
 
 # As function(scores, target, **options), so that one test serves all of them.
