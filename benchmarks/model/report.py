@@ -96,11 +96,12 @@ def stages(device: Device, rans: list[Ran], n_rows: int, depth: int) -> list[dic
     return out
 
 
-def run(case: Case, calls: Calls, gpu: Gpu, device: Device, wholes: list[Whole], processors: int, rates: list[float]):
+def run(case: Case, calls: Calls, device: Device, wholes: list[Whole], processors: int, rates: list[float]):
     """Runs a share of a case: its launches, and whether the results are right.
 
     ``rates`` has the bytes that a whole launch brings into L2 in a cycle of a block, for each launch.
     """
+    gpu = device.gpu
     cache = device.lib.model_cache(gpu.l2_bytes)
     rans: list[Ran] = []
 
@@ -125,10 +126,10 @@ def modelled(case: Case, calls: Calls, gpu: Gpu, device: Device, depth: int = 1)
     """
     shapes, n_rows, processors, same = share(case, calls, gpu)
     wholes = [Whole(shape, case.n_rows, n_rows) for shape in shapes]
-    rans, equal = run(case, calls, gpu, device, wholes, processors, [0.0] * len(wholes))
+    rans, equal = run(case, calls, device, wholes, processors, [0.0] * len(wholes))
     if case.bytes > gpu.l2_bytes:
         rates = [moved(r, w) / (waves(gpu, device, w.shape) * r.cycles.mean()) for r, w in zip(rans, wholes)]
-        rans, equal = run(case, calls, gpu, device, wholes, processors, rates)
+        rans, equal = run(case, calls, device, wholes, processors, rates)
     launches, seconds = [], 0.0
     for ran, whole in zip(rans, wholes):
         found, shape = bounds(gpu, device, ran, whole), whole.shape

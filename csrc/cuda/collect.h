@@ -176,7 +176,7 @@ struct Found {
 // Ends a list with what each thread found; a barrier, too.
 template <class Threads, class S>
 __device__ __forceinline__ void end_list(const Found<S>& found, Listed<S>& listed) {
-  const S above_cut = Warp::sum(found.above_cut, nullptr);  // the warp's
+  const S above_cut = Warp::sum(found.above_cut);
   if (lane_of() == 0) listed.above_cut[Threads::warp()] = above_cut;
   if (found.nan) listed.nan = true;
   Threads::sync();

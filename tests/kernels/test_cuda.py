@@ -853,7 +853,8 @@ def test_compiled_for_gpus_within_the_budget():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    # architectures; dtypes, kernels: searches by law and team, and the others; float64 has no large team; the link
+    # Architectures; dtypes, kernels: searches by law and team, and three others; less the searches of large teams in
+    # float64, of which there are none; and the link's two types.
     assert len(facts) == 3 * (4 * (2 * 3 + 3) - 2 + 2)
     for row in facts:
         most = 72 if "double" in row["kernel"] else 64
