@@ -9,7 +9,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ARCHITECTURES = "7.5;8.0;9.0+PTX"  # T4, A100, H100; the PTX serves every later GPU
+BLACKWELL_FROM = (12, 8)  # nvcc's version
+
+
+def default_architectures(version):
+    """TORCH_CUDA_ARCH_LIST for T4, A100, H100 and, where nvcc knows them, B200 and RTX 50.
+
+    The PTX serves every later GPU, but only with a driver that is no older than nvcc.
+    """
+    knows_blackwell = tuple(map(int, version.split("."))) >= BLACKWELL_FROM
+    return "7.5;8.0;9.0;10.0;12.0+PTX" if knows_blackwell else "7.5;8.0;9.0+PTX"
 
 
 class Unavailable(Exception):
@@ -64,18 +73,19 @@ def find_cudart(root, version, torch):
     raise Unavailable(f"{name} is neither in {root} nor in {packages}/nvidia: install the CUDA runtime")
 
 
-def choose_architectures(torch):
-    """TORCH_CUDA_ARCH_LIST with "native" resolved, or the default, as numbers between semicolons."""
-    asked = (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).strip().replace(" ", ";")
+def choose_architectures(version, torch):
+    """TORCH_CUDA_ARCH_LIST with "native" resolved, or the default of nvcc's version, as numbers between semicolons."""
+    default = default_architectures(version)
+    asked = (os.environ.get("TORCH_CUDA_ARCH_LIST") or default).strip().replace(" ", ";")
     if asked == "native":
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         if not found:
             raise Unavailable(
                 f"TORCH_CUDA_ARCH_LIST=native needs a GPU and torch sees none: list architectures, such as "
-                f"TORCH_CUDA_ARCH_LIST='{ARCHITECTURES}'"
+                f"TORCH_CUDA_ARCH_LIST='{default}'"
             )
         return ";".join("{}.{}".format(*capability) for capability in sorted(found))
     for name in asked.split(";"):
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-            raise Unavailable(f"TORCH_CUDA_ARCH_LIST must be like '{ARCHITECTURES}' or 'native', got {asked!r}")
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST must be like '{default}' or 'native', got {asked!r}")
     return asked

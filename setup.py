@@ -69,7 +69,7 @@ def make_extensions(torch):
         root, version = find_cuda.find_toolkit(nvcc)
         find_cuda.check_versions(nvcc, version, torch)
         cudart = find_cuda.find_cudart(root, version, torch)
-        architectures = find_cuda.choose_architectures(torch)
+        architectures = find_cuda.choose_architectures(version, torch)
     except find_cuda.Unavailable as reason:
         warn(f"the CUDA kernels cannot be built: {reason}")
         return extensions
@@ -78,7 +78,7 @@ def make_extensions(torch):
     common["define_macros"] = [*common["define_macros"], ("USE_CUDA", None)]
     compile_args = {
         "cxx": [*FLAGS, f'-DTOPK_FAST_CUDA_ARCHITECTURES="{architectures}"'],
-        "nvcc": ["-O3", "-std=c++17", "--fmad=false"],
+        "nvcc": ["-O3", "-std=c++17", "--fmad=false", "--threads=0"],  # architectures side by side
     }
     extension = cpp_extension.CUDAExtension(
         "topk_fast._C_cuda",

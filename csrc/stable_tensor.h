@@ -14,6 +14,9 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
+// What torch said of its last error; torch has it from 2.13 on, and a weak symbol is null before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace topk_fast {
 
 using torch::headeronly::ScalarType;
@@ -32,10 +35,12 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int3
   for (size_t i = sizes.size(); i-- > 0;) strides[i] = step, step *= sizes.begin()[i];
   AtenTensorHandle handle;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  // The code of an error says nothing; what torch said of it is lost here.
   if (aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides, type, device_type, device_index,
                                &handle) != AOTI_TORCH_SUCCESS)
-    STD_TORCH_CHECK(false, "topk_fast: out of memory: a tensor of shape ", shape_string(sizes), " cannot be allocated");
+    STD_TORCH_CHECK(false, "topk_fast: a tensor of shape ", shape_string(sizes), " cannot be allocated: ",
+                    torch_exception_get_what_without_backtrace
+                        ? torch_exception_get_what_without_backtrace()
+                        : "out of memory, or an earlier error of its device, of which torch writes to stderr");
   return Tensor(handle);
 }
 

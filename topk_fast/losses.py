@@ -37,7 +37,10 @@ def evaluate(input: Tensor, target: Tensor, loss: LossRequest) -> Tensor:
 
 
 def _naming_wrong_labels(run, search: Search, *args) -> Tensor:
-    """What ``run`` returns; the kernels stop at a wrong label but cannot name it."""
+    """What ``run`` returns; the kernels stop at a wrong label but cannot name it.
+
+    On a GPU a wrong label stops the device, whose memory cannot be read any more.
+    """
     target, ignore_index, _ = search.labels
     if search.shards is not None:  # the ranks' meeting has checked the labels
         return run(search, *args)
@@ -48,7 +51,8 @@ def _naming_wrong_labels(run, search: Search, *args) -> Tensor:
     try:
         return run(search, *args)
     except RuntimeError:
-        checks.check_labels(target, n_classes, ignore_index)
+        if target.is_cpu:
+            checks.check_labels(target, n_classes, ignore_index)
         raise
 
 

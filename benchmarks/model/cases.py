@@ -15,7 +15,7 @@ from topk_fast.request import Labels, Noise, Slice
 from .gpus import Gpu
 from .launches import Calls, Shape, aligned
 
-ITEMS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ITEMS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LAWS = ("normal", "gumbel")
 SIZES = [
     (128, 100, "float32"),

@@ -19,7 +19,8 @@ class Gpu(NamedTuple):
     l2_bandwidth: float  # assumed
     l2_bytes: int
     l1_bytes: int  # with shared memory
-    shared_bytes: int  # of a multiprocessor
+    shared_bytes: int  # of a multiprocessor, at most
+    shared_steps: tuple[int, ...]  # the KiB of it that a multiprocessor can be set to
     warps: int
     blocks: int
     registers: int
@@ -43,6 +44,7 @@ GPUS = {
         l2_bytes=50 * KIB**2,
         l1_bytes=256 * KIB,
         shared_bytes=228 * KIB,
+        shared_steps=(0, 8, 16, 32, 64, 100, 132, 164, 196, 228),
         warps=64,
         blocks=32,
         registers=65536,
@@ -61,6 +63,7 @@ GPUS = {
         l2_bytes=48 * KIB**2,
         l1_bytes=128 * KIB,
         shared_bytes=100 * KIB,
+        shared_steps=(0, 8, 16, 32, 64, 100),
         warps=48,
         blocks=24,
         registers=65536,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .cases import Case, Problem, share
-from .gpus import PIPES, Gpu, blocks_at_once, lanes_of
+from .gpus import KIB, PIPES, Gpu, blocks_at_once, lanes_of
 from .launches import FIELDS, Calls, Device, Ran, Shape
 from .stages import stage_of
 
@@ -110,8 +110,8 @@ def run(case: Case, calls: Calls, device: Device, wholes: list[Whole], processor
         whole, before = wholes[at], moved(rans[-1], wholes[at - 1]) if rans else 0.0
         device.lib.model_start_launch(cache, before, rates[at])
         blocks = min(residency(gpu, device, whole.shape), math.ceil(whole.shape.grid / gpu.processors))
-        in_shared = blocks * (shape.shared + 1024)
-        rans.append(device.run(shape, argument, cache, max(gpu.l1_bytes - in_shared, 16 << 10) // blocks))
+        in_shared = next(step * KIB for step in gpu.shared_steps if step * KIB >= blocks * (shape.shared + KIB))
+        rans.append(device.run(shape, argument, cache, (gpu.l1_bytes - in_shared) // blocks))
 
     problem = Problem(case, wholes[0].ran_rows)
     given = problem.call(calls, gpu, take, processors)

@@ -19,7 +19,8 @@ from testing import ROOT
 
 pytest.importorskip("triton", reason="NVIDIA's disassembler comes with Triton, which is not installed")
 from benchmarks.model import launches, sass
-from benchmarks.model.gpus import GPUS, blocks_at_once
+from benchmarks.model.cases import Case, shapes
+from benchmarks.model.gpus import GPUS, KIB, blocks_at_once
 
 NEEDS_COMPILERS = pytest.mark.skipif(
     shutil.which("nvcc") is None or shutil.which("g++") is None, reason="the model runs nvcc's code by a g++ program"
@@ -42,6 +43,25 @@ def test_blocks_at_once():
     assert blocks_at_once(h100, registers=32, shared=57 << 10, size=128) == 4  # by shared memory
     assert blocks_at_once(h100, registers=16, shared=1024, size=1024) == 2  # by warps
     assert blocks_at_once(h100, registers=16, shared=1024, size=32) == 32  # by blocks
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    return launches.Calls(launches.launchers(tmp_path_factory.mktemp("launchers")))
+
+
+T4 = GPUS["L4"]._replace(processors=40, shared_bytes=64 * KIB)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the launchers are compiled by g++")
+@pytest.mark.parametrize("gpu", [*GPUS.values(), T4], ids=[*GPUS, "T4"])
+@pytest.mark.parametrize("n_classes, dtype, k, n_sample", [(709, "float32", 6, 5), (887, "float32", 32, 5), (9000, "float64", 6, 9)])
+def test_all_blocks_of_a_search_run_at_a_time(calls, gpu, n_classes, dtype, k, n_sample):
+    """Each takes many rows, so that blocks that had to wait would come when most are done."""
+    (shape,) = shapes(Case(4000, n_classes, dtype, "normal", n_sample, k), 4000, calls, gpu, gpu.processors)
+    registers = 72 if dtype == "float64" else 64
+    at_once = gpu.processors * blocks_at_once(gpu, registers, shape.shared + KIB, shape.size)
+    assert at_once / 2 < shape.grid <= at_once
 
 
 class Args(ctypes.Structure):

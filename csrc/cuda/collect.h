@@ -102,7 +102,7 @@ struct Tiles {
 
   __device__ explicit Tiles(const Row<T>& row) : scores(row.scores), cut(row.cut) {
     const bool is_dense = scores.stride == 1;
-    lead = is_dense ? (int32_t)((uintptr_t)scores.at % 16 / sizeof(T)) : 0;
+    lead = is_dense ? (int32_t)((uintptr_t)scores.start() % 16 / sizeof(T)) : 0;
     n = (int32_t)((scores.n + lead + kTile - 1) / kTile);
     n_full = is_dense ? (int32_t)((scores.n + lead) / kTile) : 0;
     first = Threads::rank() * W - lead;
@@ -116,7 +116,7 @@ struct Tiles {
   // The mask of this thread's scores of a tile.
   __device__ __forceinline__ Mask<T> mask_of(int32_t tile) const {
     if (tile >= n_full || (tile == 0 && lead)) return mask_of_part(tile);
-    const T* at = scores.at + (first + (int64_t)tile * kTile);
+    const T* at = scores.start() + (first + (int64_t)tile * kTile);
     uint4 v[kLoads<T>];
     for (int u = 0; u < kLoads<T>; ++u) v[u] = *(const uint4*)(at + u * Threads::kSize * W);
     Mask<T> mask = 0;
@@ -137,7 +137,7 @@ struct Tiles {
       for (int u = 0; u < kLoads<T>; ++u) {
         const int place = (u * Threads::kSize + Threads::rank()) * W;
         whole[u] = place >= begin && place + W <= end;
-        v[u] = whole[u] ? *(const uint4*)(scores.at + start + place) : uint4{0, 0, 0, 0};
+        v[u] = whole[u] ? *(const uint4*)(scores.start() + start + place) : uint4{0, 0, 0, 0};
       }
       for (int u = 0; u < kLoads<T>; ++u) mask |= mask_of_load<T>(whole[u] ? hits_of<T>(v[u], cut) : 0, u);
       if (begin == 0 && end % W == 0) return mask;

@@ -136,7 +136,7 @@ template <class T>
 __device__ __forceinline__ ArithmeticOf<T> most_of_group(const Scores<T>& scores, int64_t begin, int size) {
   constexpr int W = 16 / sizeof(T);
   ArithmeticOf<T> top = -infinity<ArithmeticOf<T>>();
-  const T* first = scores.at + begin;
+  const T* first = scores.start() + begin;
   const int lead = (int)((uintptr_t)first % 16 / sizeof(T));
 #pragma unroll 2
   for (int at = lead ? W - lead : 0; at + W <= size; at += W) top = most_of_vector<T>(*(const uint4*)(first + at), top);
@@ -155,7 +155,7 @@ __device__ __forceinline__ void make_keys(const Args& a, const Scores<T>& scores
   const int64_t step = (int64_t)a.plan.group * a.plan.stride;
   const int group = a.plan.group, n = a.looked_at;
   if (scores.stride == 1 && group >= W) {
-    const bool is_aligned = ((uintptr_t)scores.at | (uintptr_t)step * sizeof(T)) % 16 == 0 && group % W == 0;
+    const bool is_aligned = ((uintptr_t)scores.start() | (uintptr_t)step * sizeof(T)) % 16 == 0 && group % W == 0;
 #pragma unroll 1
     for (int q = Threads::rank(); q < n;) {
       const int64_t begin = q * step, left = scores.n - begin;
@@ -166,7 +166,7 @@ __device__ __forceinline__ void make_keys(const Args& a, const Scores<T>& scores
 #pragma unroll 1
         for (int i = 0; i < group; i += W)
           for (int u = 0; u < kAbreast; ++u)
-            top[u] = most_of_vector<T>(*(const uint4*)(scores.at + begin + u * Threads::kSize * step + i), top[u]);
+            top[u] = most_of_vector<T>(*(const uint4*)(scores.start() + begin + u * Threads::kSize * step + i), top[u]);
         for (int u = 0; u < kAbreast; ++u, q += Threads::kSize) keys[q] = key_of<T>(top[u]);
       } else {
         keys[q] = key_of<T>(most_of_group(scores, begin, left < group ? (int)left : group));
@@ -183,7 +183,7 @@ __device__ __forceinline__ void make_keys(const Args& a, const Scores<T>& scores
     for (int u = 0; u < kAbreast; ++u) {
       const int64_t begin = (q + u * Threads::kSize) * step, left = scores.n - begin;
       top[u] = -infinity<S>();
-      at[u] = scores.at + begin * scores.stride;
+      at[u] = scores.start() + begin * scores.stride;
       size[u] = q + u * Threads::kSize >= n ? 0 : left < group ? (int)left : group;
     }
 #pragma unroll 1

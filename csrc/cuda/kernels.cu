@@ -124,7 +124,9 @@ using namespace topk_fast;
 extern "C" Gpu topk_cuda_gpu(int device) {
   const auto get = [device](cudaDeviceAttr attribute, int otherwise) {
     int n = 0;
-    return cudaDeviceGetAttribute(&n, attribute, device) == cudaSuccess && n > 0 ? n : otherwise;
+    if (cudaDeviceGetAttribute(&n, attribute, device) == cudaSuccess) return n > 0 ? n : otherwise;
+    cudaGetLastError();  // or the next launch would be blamed for it
+    return otherwise;
   };
   const int processors = get(cudaDevAttrMultiProcessorCount, 1);
   // GDDR has 3 to 7 bits of a bus for each multiprocessor, HBM about 40.

@@ -18,13 +18,22 @@ constexpr int kPilot = 32;              // contenders whose draws make the first
 constexpr int kDrawn = 512;             // contenders that are drawn before anybody looks at their survivors, at most
 constexpr int kMostAtOnce = 4096;       // contenders in a team's list, about
 constexpr int kBlockBudget = 46 << 10;  // bytes of shared memory that every GPU gives a block
+constexpr int kKept = 1 << 10;          // those of each block that CUDA keeps for itself
+constexpr int kGranule = 256;           // by which it hands them out, or by half as many
 
 // Clean scores of a row, widened when they are read.
 template <class T>
 struct Scores {
   const T* at;
   int64_t stride, n;
-  __device__ __forceinline__ ArithmeticOf<T> operator[](int64_t c) const { return widen(at[c * stride]); }
+  // Where they start. The compiler is told that it is global memory: a pointer kept in shared memory may point anywhere.
+  __device__ __forceinline__ const T* start() const {
+#ifdef __CUDA_ARCH__
+    __builtin_assume(__isGlobal(at));
+#endif
+    return at;
+  }
+  __device__ __forceinline__ ArithmeticOf<T> operator[](int64_t c) const { return widen(start()[c * stride]); }
 };
 
 // A class above the cut.
@@ -220,7 +229,7 @@ Args arguments(const Search& search, const Gpu& gpu) {
   if (l.parts > 1) l.capacity = l.parts * l.part_capacity;
 
   const int64_t blocks = threads / (l.team * l.teams * (int64_t)gpu.processors);  // on a multiprocessor
-  const int64_t budget_of_block = gpu.shared_memory / blocks - 1024;              // CUDA keeps 1 KB of each block's
+  const int64_t budget_of_block = (gpu.shared_memory / blocks - kKept) / kGranule * kGranule;
   const int64_t budget = (budget_of_block < kBlockBudget ? budget_of_block : kBlockBudget) / l.teams;
   int at = 0;
   const auto place = [&at](int64_t bytes) {
@@ -242,7 +251,9 @@ Args arguments(const Search& search, const Gpu& gpu) {
   l.list_in_shared = at + aligned(list) <= budget;
   l.list_at = l.list_in_shared ? place(list) : 0;
   l.shared = at;
-  int64_t most = threads / l.team;  // teams at work at a time; each takes many rows
+  const int64_t taken = (l.shared * l.teams + kGranule - 1) / kGranule * kGranule + kKept;
+  const int64_t resident = blocks * taken > gpu.shared_memory ? gpu.shared_memory / taken : blocks;
+  int64_t most = resident * l.teams * gpu.processors;  // teams at work at a time; each takes many rows
   const int64_t fewest = kFewest * (int64_t)gpu.processors;
   if (gpu.has_slow_memory && gpu.cache && l.parts == 1 && fit < most) most = fit > fewest ? fit : fewest;
   const int64_t teams = n_rows < 1 ? 1 : n_rows < most ? n_rows : most;

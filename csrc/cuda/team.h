@@ -45,12 +45,14 @@ __device__ __forceinline__ int sum_of_lanes(int v) {
 template <class V>
 __device__ __forceinline__ V most_of_lanes(V v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (sizeof(V) == 4) return __reduce_max_sync(kFull, v);
+  if constexpr (sizeof(V) == 4)
+    return __reduce_max_sync(kFull, v);
+  else
 #endif
-  for (int by = 16; by > 0; by /= 2) {
-    const V other = __shfl_xor_sync(kFull, v, by);
-    v = other > v ? other : v;
-  }
+    for (int by = 16; by > 0; by /= 2) {
+      const V other = __shfl_xor_sync(kFull, v, by);
+      v = other > v ? other : v;
+    }
   return v;
 }
 

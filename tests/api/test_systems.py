@@ -528,7 +528,7 @@ def test_an_allocation_that_fails_speaks_of_memory():
     n_rows, n_classes = 2**20, 2**31 - 1
     one, ids = torch.ones(1, 1), torch.zeros(1, 1, 1, dtype=torch.int64)
     with pytest.raises(
-        RuntimeError, match=rf"out of memory: a tensor of shape \[{n_rows}, {n_classes}\] cannot be alloc"
+        RuntimeError, match=rf"a tensor of shape \[{n_rows}, {n_classes}\] cannot be allocated: .*memory"
     ):
         torch.ops.topk_fast.gradient_cpp(
             one.expand(n_rows, 1), ids.expand(n_rows, 1, 1), None, -100, 0, n_classes, torch.float32

@@ -177,24 +177,26 @@ def test_no_runtime_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "asked, capabilities, expected",
+    "version, asked, capabilities, expected",
     [
-        (None, [], "7.5;8.0;9.0+PTX"),
-        ("8.6 9.0a+PTX", [], "8.6;9.0a+PTX"),
-        ("native", [(10, 0), (9, 0), (9, 0)], "9.0;10.0"),
+        ("12.6", None, [], "7.5;8.0;9.0+PTX"),
+        ("12.8", None, [], "7.5;8.0;9.0;10.0;12.0+PTX"),
+        ("13.0", None, [], "7.5;8.0;9.0;10.0;12.0+PTX"),
+        ("13.0", "8.6 9.0a+PTX", [], "8.6;9.0a+PTX"),
+        ("13.0", "native", [(10, 0), (9, 0), (9, 0)], "9.0;10.0"),
     ],
 )
-def test_architectures(no_cuda, tmp_path, asked, capabilities, expected):
+def test_architectures(no_cuda, tmp_path, version, asked, capabilities, expected):
     if asked:
         no_cuda.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    assert find_cuda.choose_architectures(fake_torch(tmp_path, capabilities=capabilities)) == expected
+    assert find_cuda.choose_architectures(version, fake_torch(tmp_path, capabilities=capabilities)) == expected
 
 
 @pytest.mark.parametrize("asked, message", [("native", "needs a GPU and torch sees none"), ("sm_80", "got 'sm_80'")])
 def test_architectures_that_cannot_be_had(no_cuda, tmp_path, asked, message):
     no_cuda.setenv("TORCH_CUDA_ARCH_LIST", asked)
     with pytest.raises(find_cuda.Unavailable, match=message):
-        find_cuda.choose_architectures(fake_torch(tmp_path))
+        find_cuda.choose_architectures("13.0", fake_torch(tmp_path))
 
 
 # Runs setup.py as a CUDA build of torch would.
