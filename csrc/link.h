@@ -54,7 +54,7 @@ TOPK_FAST_FN RowLoss<S> link_row(const Link& p, int64_t n) {
   const bool valid = p.target[n] != p.ignore_index;
   const int64_t y = class_of_row(p, n);
   const S margin = p.margins ? ((const S*)p.margins)[y] : (S)p.margin;
-  const S weight = p.weight ? ((const S*)p.weight)[y] : (S)1;
+  const S weight = !p.weight ? (S)1 : valid ? ((const S*)p.weight)[y] : (S)0;
   S loss = 0;
   for (int64_t m = 0; m < p.n_ranks; ++m) {
     const int64_t at = n * p.n_ranks + m;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops, reference
+from . import noise, ops, reference
 from .request import Labels, Noise, Place, Search, Slice
 
 _MOST_ROWS = 1 << 14  # whose losses one block of a GPU adds up
@@ -30,7 +30,45 @@ def _excess(search: Search) -> tuple[Tensor, Tensor]:
     return reference.excess_of(values, classes, true_score, wanted.ranks, labels)
 
 
-class _Gradient(Function):
+def _clean_excess(scores: Tensor, classes: Tensor, labels: Labels) -> Tensor:
+    """The excesses [N, M] of these classes [N, B, M] without noise."""
+    dtype = reference.arithmetic(scores.dtype)
+    picked = scores.gather(1, classes.clamp(min=0).flatten(1)).view(classes.shape).to(dtype)
+    own = None if labels.target is None else scores.gather(1, labels.known[:, None])[:, 0].to(dtype)
+    return reference.clean_excess(picked, own, classes, labels)
+
+
+def depending_on(epsilon: Tensor, excess: Tensor, clean: Tensor) -> Tensor:
+    r"""The excesses [N, M] with their derivative in an epsilon that is learned; ``clean`` are those without noise.
+
+    .. math:: e = \bar s + \epsilon \bar z, \qquad \partial e / \partial \epsilon = \bar z = (e - \bar s) / \epsilon
+
+    The mean noise z at the ranks is constant between the points where two noised scores change ranks.
+    """
+    wide = excess.detach().double()
+    noise_ = (wide - clean) / epsilon.detach()
+    noise_ = noise_.clamp(-noise.LARGEST_LEVEL, noise.LARGEST_LEVEL).masked_fill(wide.isinf(), 0.0)
+    return excess + ((epsilon - epsilon.detach()) * noise_).to(excess.dtype)
+
+
+class Derivative(Function):
+    """An autograd Function that is differentiated backwards only."""
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise RuntimeError(
+            "torch.vmap does not batch topk_fast, not even in torch.func.jacrev, jacfwd and hessian: take "
+            'torch.autograd.grad of one output at a time, and gradients of all rows from reduction="none"'
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(
+            "topk_fast has no forward-mode derivative: take torch.func.vjp or backward() in place of torch.func.jvp"
+        )
+
+
+class _Gradient(Derivative):
     """The gradient of the scores, itself differentiable in the gradient of the excesses."""
 
     @staticmethod
@@ -46,13 +84,7 @@ class _Gradient(Function):
     @staticmethod
     def backward(ctx, grad_out):
         classes, target = ctx.saved_tensors
-        wide = grad_out.to(ctx.dtype)
-        picked = wide.gather(1, classes.clamp(min=0).flatten(1)).view(classes.shape)
-        total = picked.masked_fill(classes < 0, 0.0).mean(1)  # [N, M]
-        if target is not None:
-            ignored = target == ctx.ignore_index
-            total = total - wide.gather(1, target.masked_fill(ignored, 0)[:, None])
-            total = total.masked_fill(ignored[:, None], 0.0)
+        total = _clean_excess(grad_out, classes, Labels(target, ctx.ignore_index)).to(ctx.dtype)
         return total.masked_fill(reference.marks_nan(classes)[:, None], torch.nan), None, None, None, None, None
 
 
@@ -74,39 +106,38 @@ def _differentiate(ctx, grad: Tensor, classes: Tensor, target: Tensor | None) ->
     return _Gradient.apply(*args, ctx.part, ctx.backend)
 
 
-class _Excess(Function):
+class _Excess(Derivative):
     """Scores to excesses and class ids."""
 
     @staticmethod
-    def forward(scores, search):
-        return _excess(search._replace(scores=scores))
+    def forward(scores, schedule, search):
+        return _excess(search._replace(scores=scores, noise=search.noise._replace(schedule=schedule)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
-        _keep(ctx, inputs[1]._replace(scores=inputs[0]), output[1])
+        _keep(ctx, inputs[2]._replace(scores=inputs[0]), output[1])
 
     @staticmethod
     def backward(ctx, grad, _):
-        return _differentiate(ctx, grad, *ctx.saved_tensors), None
+        return _differentiate(ctx, grad, *ctx.saved_tensors), None, None
 
 
 def differentiable_excess(search: Search) -> Tensor:
-    """The excesses [N, M] of a search, differentiable in the scores, and in an epsilon that is learned.
-
-    Excesses are homogeneous: those of noise at the level epsilon are epsilon times those of ``scores / epsilon`` at 1.
-    """
-    epsilon = search.noise.learned_epsilon
-    if epsilon is not None:
-        epsilon = epsilon.to(reference.arithmetic(search.scores.dtype))
-        at_one = search.noise._replace(epsilon=1.0, schedule=None)
-        return differentiable_excess(search._replace(scores=search.scores / epsilon, noise=at_one)) * epsilon
+    """The excesses [N, M] of a search, differentiable in the scores, and in an epsilon that is learned."""
+    epsilon, constant = search.noise.learned_epsilon, search.noise.without_derivative
     if torch.compiler.is_compiling() and search.shards is None:  # the op has a derivative of its own, for graphs
-        return _excess(search)[0]
-    return _Excess.apply(search.scores, search)[0]
+        excess, classes = _excess(search._replace(noise=constant))
+    else:
+        excess, classes = _Excess.apply(search.scores, constant.schedule, search)
+    if epsilon is None:
+        return excess
+    with torch.no_grad():
+        clean = _clean_excess(search.scores, classes, search.labels)
+    return depending_on(epsilon, excess, clean)
 
 
-class _Loss(Function):
+class _Loss(Derivative):
     """Scores to reduced losses in one node of the graph: separate nodes for the link make a small step slower.
 
     For a link with curvature the excesses are a second output. A graph of the derivative starts from them, and what

@@ -73,10 +73,10 @@ def _called_while_tracing(function):
 
 
 def available_backends(device: torch.device | str = "cpu") -> list[str]:
-    """Names of the backends that can run on ``device`` here, the one that "auto" takes first.
+    """Names of the backends that can run on such a ``device`` here, the one that "auto" takes first.
 
     On a CPU where the C++ kernels are built they are ``["cpp", "torch"]``. "cuda" is listed for the GPUs for which its
-    kernels were built.
+    kernels were built. Whether there is such a device is not asked.
 
     Args:
         device: a device or its name, such as ``"cuda:1"``.

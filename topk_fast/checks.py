@@ -29,11 +29,13 @@ def check_scores(x, name="input"):
 
 
 def check_unbatched(x, name):
-    if torch._C._functorch.is_batchedtensor(x):
-        raise RuntimeError(
-            f"torch.vmap does not batch topk_fast, whose functions take a batch of rows already: put the mapped "
-            f'dimension of {name} among the rows and pass reduction="none"'
-        )
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # by one transform after the other
+        if torch._C._functorch.is_batchedtensor(x):
+            raise RuntimeError(
+                f"torch.vmap does not batch topk_fast, whose functions take a batch of rows already: put the mapped "
+                f'dimension of {name} among the rows and pass reduction="none"'
+            )
+        x = torch._C._functorch.get_unwrapped(x)
 
 
 def check_target(input, target, class_dim):

@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
-    norm_type: float = 2.0,
+    norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
@@ -24,7 +24,7 @@ def clip_grad_norm_(
     Args:
         parameters: parameters whose gradients are scaled in place; those without a gradient are left out.
         max_norm: the largest norm of the result; ``math.inf`` measures the norm and scales nothing.
-        norm_type: p, above 0 where a gradient is sparse; ``math.inf`` is the largest absolute value.
+        norm_type: p, above 0 where a gradient is sparse; ``math.inf``, or ``"inf"``, is the largest absolute value.
         error_if_nonfinite, foreach: as in :func:`torch.nn.utils.clip_grad_norm_`.
 
     Returns:
@@ -46,6 +46,7 @@ def clip_grad_norm_(
         >>> clip_grad_norm_(parameters, max_norm=0.1) <= 0.1
         tensor(True)
     """
+    norm_type = float(norm_type)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     if any(g.is_sparse for g in grads) and not norm_type > 0:

@@ -61,9 +61,13 @@ class Criterion(NamedTuple):
             total = total + x
         shares = valid
         if self.weight is not None:
-            weight = self.weight[labels.known]
-            total, shares = total * weight, weight * valid
+            shares = self._weights(labels)
+            total = total * shares
         return torch.where(valid, total, 0.0), shares.sum() if self.reduction == "mean" else None
+
+    def _weights(self, labels: Labels) -> Tensor:
+        """The weights of the rows [N], 0 where they are ignored: class 0's, which they would take, may be infinite."""
+        return self.weight[labels.known].masked_fill(labels.target == labels.ignore_index, 0.0)
 
     def reduce(self, losses: Tensor, divisor: Tensor | None) -> Tensor:
         """The losses themselves for "none", their sum, or their mean."""
@@ -81,7 +85,7 @@ class Criterion(NamedTuple):
         if self.rank_weights is not None:
             slope = torch.stack([x * r for x, r in zip(slope.unbind(1), self.rank_weights)], dim=1)
         if self.weight is not None:
-            slope = slope * self.weight[labels.known, None]
+            slope = slope * self._weights(labels)[:, None]
         return slope if self.scale == 1.0 else slope * self.scale
 
     def evaluated(self, excess: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor | None]:

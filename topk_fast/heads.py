@@ -216,6 +216,11 @@ def _check_criterion(criterion, n_classes: int) -> Loss:
             "criterion must be a loss module of topk_fast, such as SampledCrossEntropy(16), got "
             f"{type(criterion).__name__}; other losses take the logits of a torch.nn.Linear"
         )
+    if type(criterion).forward is not Loss.forward:
+        raise TypeError(
+            f"LinearHead does not call its criterion's forward, which {type(criterion).__name__} overrides: change the "
+            "head's loss, or pass the logits of a torch.nn.Linear"
+        )
     if criterion.process_group is not None:
         raise ValueError("process_group must be given to LinearHead, got one that its criterion has")
     checks.check_top(criterion.k, n_classes, least=int(criterion.exclude_target))

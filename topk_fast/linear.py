@@ -280,7 +280,7 @@ def linear_topk(
         backend = linear_losses.resolve(backend, rows, layer, k)
         seed = torch.zeros((), dtype=torch.int64, device=rows.device)
         no_noise = without_noise(seed, k)
-        labels = Labels(rows.new_zeros(len(rows), dtype=torch.int64))
+        labels = Labels(rows.new_zeros(rows.shape[0], dtype=torch.int64))
         shards = meeting.agree(
             n_classes,
             labels,

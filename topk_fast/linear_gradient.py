@@ -6,9 +6,9 @@ Sums over the rows of a class run in a fixed order, so that they have the same b
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from . import reference
+from .autograd import Derivative
 from .request import Layer
 
 _SHORTEST = 1e-8  # F.cosine_similarity's: a shorter row is divided by this, which bounds its gradient
@@ -34,7 +34,7 @@ def prepare(weight: Tensor, layer: Layer) -> Tensor:
     return (unit_rows(weight) if layer.normalize else weight).to(layer.dtype)
 
 
-class Spread(Function):
+class Spread(Derivative):
     r"""Entries v [N, J] of the scores' gradient at the classes ``place`` to the gradients of rows, weight and bias.
 
     .. math:: \sum_j v_{nj} \hat w_{p_{nj}}, \quad \sum_{nj} v_{nj} x_n [p_{nj} = l] \, \partial \hat w_l / \partial
@@ -59,7 +59,7 @@ class Spread(Function):
                 of_weight = _weight_gradient(bags, rows.to(layer.dtype), weight, layer.normalize)
                 of_weight = bags.spread(of_weight, layer.sparse)
             if wanted[2]:
-                of_bias = bags.spread(bags.sums(rows.new_ones((len(rows), 1)))[:, 0].to(bias_dtype), layer.sparse)
+                of_bias = bags.spread(bags.sums(rows.new_ones((rows.shape[0], 1)))[:, 0].to(bias_dtype), layer.sparse)
         return of_rows, of_weight, of_bias
 
     @staticmethod

@@ -35,10 +35,6 @@ def evaluate_with_hits(
         wanted, loss = loss_checks.check_loss(loss, n_classes, input.device, layer.dtype)
         if layer.sparse:
             checks.check_leaves(weight=linear.weight, bias=linear.bias)
-            if wanted.learned_epsilon is not None and not (linear.bias is None and loss.offset is None):
-                raise ValueError(
-                    "sparse_grad=True with a bias or an offset cannot learn epsilon: pass neither, or sparse_grad=False"
-                )
             sharding.check_unmanaged(linear.weight)
         labels = Labels(target.reshape(-1), loss.ignore_index, loss.exclude_target)
         backend = resolve(loss.options.backend, rows, layer, max(wanted.k, layer.n_best))

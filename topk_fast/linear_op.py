@@ -15,9 +15,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
-from . import checks, ops, reference
+from . import autograd, checks, ops, reference
 from .linear_gradient import Spread, prepare
 from .request import LABELS, LAYER, NOISE, Labels, Layer, LinearSearch, Noise, Place, without_noise
 
@@ -31,7 +30,7 @@ def count_chunk(chunk_size: int | None, rows: Tensor, weight: Tensor, dtype: tor
     """Classes of a tile, at least 1."""
     if chunk_size is not None:
         return min(checks.check_integer("chunk_size", chunk_size, 1, 2**31 - 1), max(1, weight.shape[0]))
-    size = _BYTES.get(rows.device.type, _BYTES_ON_DEVICE) // (max(1, min(len(rows), _ROWS)) * dtype.itemsize)
+    size = _BYTES.get(rows.device.type, _BYTES_ON_DEVICE) // (max(1, min(rows.shape[0], _ROWS)) * dtype.itemsize)
     return max(1, min(size, weight.shape[0]))
 
 
@@ -121,21 +120,22 @@ def _fake_excess(input, weight, bias, *args):
     return *ops.fake_excess(input, wanted, layer.dtype), best
 
 
-class _LinearExcess(Function):
+class _LinearExcess(autograd.Derivative):
     """Rows [N, D], already normalised where asked, and this rank's classes to what `_excess` returns."""
 
     @staticmethod
-    def forward(rows, weight, bias, search):
-        return _excess(search._replace(rows=rows, weight=weight, bias=bias))
+    def forward(rows, weight, bias, schedule, search):
+        noise = search.noise._replace(schedule=schedule)
+        return _excess(search._replace(rows=rows, weight=weight, bias=bias, noise=noise))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, weight, bias, search = inputs
+        rows, weight, bias, _, search = inputs
         _keep(ctx, search._replace(rows=rows, weight=weight, bias=bias), *output[1:])
 
     @staticmethod
     def backward(ctx, grad, *_):
-        return *_differentiate(ctx, grad), None
+        return *_differentiate(ctx, grad), None, None
 
 
 def _keep(ctx, search: LinearSearch, classes: Tensor, best: Tensor) -> None:
@@ -153,7 +153,9 @@ def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
             "a linear loss whose classes are sharded has no second derivative: call backward without create_graph"
         )
     if again and ctx.layer.sparse:
-        raise RuntimeError("a loss with sparse_grad=True has no second derivative: pass sparse_grad=False")
+        raise RuntimeError(
+            "a loss with sparse_grad=True has neither a second derivative nor one of torch.func: pass sparse_grad=False"
+        )
     rows, weight, target, ids = ctx.saved_tensors
     first = 0 if ctx.shards is None else ctx.shards.first_class
     grad = grad.to(reference.arithmetic(ctx.layer.dtype))
@@ -177,23 +179,34 @@ def linear_excess(search: LinearSearch) -> tuple[Tensor, Tensor]:
     """The excesses [N, M] of a linear layer's logits, differentiable in rows, weight and bias, and the classes of the
     largest logits [N, n_best].
 
-    The excesses are also differentiable in an epsilon that is learned, as those of `autograd.differentiable_excess`.
+    The excesses are also differentiable in an epsilon that is learned.
     """
     rows, weight, bias, wanted, labels, layer, backend, shards = search
-    epsilon = wanted.learned_epsilon
-    if epsilon is not None:
-        epsilon = epsilon.to(reference.arithmetic(layer.dtype))
-        at_one = wanted._replace(epsilon=1.0, schedule=None)
-        bias = None if bias is None else bias / epsilon
-        excess, best = linear_excess(search._replace(rows=rows / epsilon, bias=bias, noise=at_one))
-        return excess * epsilon, best
+    epsilon, wanted = wanted.learned_epsilon, wanted.without_derivative
     if layer.sparse and torch.compiler.is_dynamo_compiling():
-        excess, _, best = _apply_outside_of_graphs(rows, weight, bias, search)
+        excess, classes, best = _apply_outside_of_graphs(rows, weight, bias, wanted.schedule, search)
     elif shards is None and torch.compiler.is_compiling():  # the op has a derivative of its own, for graphs
-        excess, _, best = ops.kernel("linear_excess", backend)(rows, weight, bias, *wanted, *labels, *layer)
+        excess, classes, best = ops.kernel("linear_excess", backend)(rows, weight, bias, *wanted, *labels, *layer)
     else:
-        excess, _, best = _LinearExcess.apply(rows, weight, bias, search)
-    return excess, best
+        excess, classes, best = _LinearExcess.apply(rows, weight, bias, wanted.schedule, search)
+    if epsilon is None:
+        return excess, best
+    return autograd.depending_on(epsilon, excess, _clean_excess(search, classes)), best
+
+
+@torch.no_grad()
+def _clean_excess(search: LinearSearch, classes: Tensor) -> Tensor:
+    """The excesses [N, M] of these classes [N, B, M] without noise."""
+    layer, bias, dtype = search.layer, search.bias, reference.arithmetic(search.layer.dtype)
+    rows = search.rows.to(layer.dtype).to(dtype)
+
+    def logits(place):
+        product = (rows * prepare(search.weight[place], layer).to(dtype)).sum(1)
+        return (product if bias is None else product + bias[place].to(dtype)).to(layer.dtype).to(dtype)
+
+    columns = classes.clamp(min=0).flatten(1).unbind(1)
+    picked = torch.stack([logits(place) for place in columns], dim=1).view(classes.shape)
+    return reference.clean_excess(picked, logits(search.labels.known), classes, search.labels)
 
 
 def _apply_outside_of_graphs(*args):

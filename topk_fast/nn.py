@@ -57,7 +57,7 @@ class _Noised(Module):
                 shown.append(f"cls_num_list=<{len(value)} classes>")
             elif isinstance(value, Tensor) and value.dim():
                 shown.append(f"{name}=<{len(value)} classes>")
-            elif argument.default is Argument.empty or value is not argument.default and value != argument.default:
+            elif argument.default is Argument.empty or isinstance(value, Tensor) or value != argument.default:
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
 
@@ -306,7 +306,8 @@ class ImbalNoisedTopK(Loss):
 
     Args:
         k, epsilon: as in :func:`~topk_fast.functional.imbal_noised_topk_loss`.
-        max_m, cls_num_list: the largest margin, and L counts, as in :func:`~topk_fast.functional.class_margins`.
+        max_m, cls_num_list: the largest margin, and L counts, as in :func:`~topk_fast.functional.class_margins`. They
+            are read when the module is made, and by ``reset_parameters``, which fills ``m_list`` again.
         scale: factor of the hinge, > 0. The default assumes cosine logits: end the model in :class:`NormedLinear`, or
             set ``scale=1``.
         n_sample, reduction, ignore_index, generator, seed, sampler, backend, process_group: as in

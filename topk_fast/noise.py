@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 VERSION = 2
+LARGEST_LEVEL = 40.0  # no noise of either law is beyond it
 _MASK = 0xFFFFFFFF
 
 

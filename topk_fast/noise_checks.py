@@ -9,7 +9,7 @@ from torch import Tensor
 from . import checks, noise
 from .request import Noise, Options
 
-LARGEST_EPSILON = 1e36  # beyond it, epsilon times the largest levels of noise (about 40) would overflow float32
+LARGEST_EPSILON = 1e36  # beyond it, epsilon times noise.LARGEST_LEVEL would overflow float32
 
 
 def check_noise(options: Options, ranks: tuple[int, ...], device: torch.device) -> Noise:
@@ -90,9 +90,11 @@ def make_seed(options: Options, device: torch.device) -> Tensor:
     seed, generator = options.seed, options.generator
     check_source(seed, generator)
     if seed is None:
-        if generator is not None:
-            check_recomputable(generator, device)
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
+        low, high = -(2**63), 2**63 - 1
+        if generator is None:  # AOTInductor would look for an op that takes one, also where it is None
+            return torch.randint(low, high, (), dtype=torch.int64, device=device)
+        check_recomputable(generator, device)
+        return torch.randint(low, high, (), dtype=torch.int64, device=device, generator=generator)
     if isinstance(seed, Tensor):
         if seed.device != device:
             raise ValueError(f"seed must be on input's device {device}, got {seed.device}")

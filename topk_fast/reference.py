@@ -333,6 +333,17 @@ def gradient(grad: Tensor, classes: Tensor, labels: Labels, of: Slice) -> Tensor
     return out.masked_fill_(marks_nan(classes)[:, None], math.nan)
 
 
+def clean_excess(picked: Tensor, own: Tensor | None, classes: Tensor, labels: Labels) -> Tensor:
+    """Excesses [N, M] of the clean scores ``picked`` [N, B, M] at these classes over those of the true classes [N].
+
+    It is linear in the scores, and :func:`entries` its transpose.
+    """
+    total = picked.masked_fill(classes < 0, 0.0).mean(1)
+    if own is None:
+        return total
+    return (total - own[:, None]).masked_fill((labels.target == labels.ignore_index)[:, None], 0.0)
+
+
 def marks_nan(classes: Tensor) -> Tensor:
     """Whether a row's class ids [N, B, M] say that its gradient is NaN: [N]."""
     return classes[:, 0, 0] == -2

@@ -72,6 +72,11 @@ class Noise(NamedTuple):
     def learned_epsilon(self) -> Tensor | None:
         return self.schedule if self.schedule is not None and self.schedule.requires_grad else None
 
+    @property
+    def without_derivative(self) -> "Noise":
+        """The same with an epsilon that is not learned."""
+        return self if self.schedule is None else self._replace(schedule=self.schedule.detach())
+
 
 def without_noise(seed: Tensor, k: int) -> Noise:
     """A search for the k largest scores themselves, or for none; any seed on their device will do."""

@@ -55,7 +55,9 @@ T4 = GPUS["L4"]._replace(processors=40, shared_bytes=64 * KIB)
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the launchers are compiled by g++")
 @pytest.mark.parametrize("gpu", [*GPUS.values(), T4], ids=[*GPUS, "T4"])
-@pytest.mark.parametrize("n_classes, dtype, k, n_sample", [(709, "float32", 6, 5), (887, "float32", 32, 5), (9000, "float64", 6, 9)])
+@pytest.mark.parametrize(
+    "n_classes, dtype, k, n_sample", [(709, "float32", 6, 5), (887, "float32", 32, 5), (9000, "float64", 6, 9)]
+)
 def test_all_blocks_of_a_search_run_at_a_time(calls, gpu, n_classes, dtype, k, n_sample):
     """Each takes many rows, so that blocks that had to wait would come when most are done."""
     (shape,) = shapes(Case(4000, n_classes, dtype, "normal", n_sample, k), 4000, calls, gpu, gpu.processors)

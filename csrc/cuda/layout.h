@@ -26,7 +26,8 @@ template <class T>
 struct Scores {
   const T* at;
   int64_t stride, n;
-  // Where they start. The compiler is told that it is global memory: a pointer kept in shared memory may point anywhere.
+  // Where they start. The compiler is told that it is global memory: a pointer kept in shared memory may point
+  // anywhere.
   __device__ __forceinline__ const T* start() const {
 #ifdef __CUDA_ARCH__
     __builtin_assume(__isGlobal(at));

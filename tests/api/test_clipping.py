@@ -30,7 +30,7 @@ def dense_gradients(modules):
 
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("steps", [1, 3], ids=["one batch", "batches added up"])
-@pytest.mark.parametrize("norm_type", [1, 2.0, 3.5, INF])
+@pytest.mark.parametrize("norm_type", [1, 2.0, 3.5, INF, "inf"])
 @pytest.mark.parametrize("max_norm", [0.01, 1e6, INF], ids=["scales", "leaves as it is", "measures"])
 def test_clipping_is_that_of_dense_gradients(max_norm, norm_type, steps, foreach):
     given, expected = model(True, steps), model(False, steps)

@@ -114,6 +114,24 @@ def test_rank_weights(name):
 
 
 @every_link
+@every_backend
+@pytest.mark.parametrize("form", ["plain", "linear"])
+def test_an_infinite_weight_of_a_class_without_rows_does_not_count(form, backend, name):
+    """1 / counts has one where a count is 0, and class 0 is the one whose numbers ignored rows would take."""
+    x, weight, _, target = layer()
+    target = target.clamp(min=1).index_fill(0, torch.tensor([2]), -100)
+    args = (x @ weight.detach().t(),) if form == "plain" else (x, weight)
+    function = noised_topk_loss if form == "plain" else linear_noised_topk_loss
+    results = []
+    for first in (math.inf, 1.0):
+        more = dict(weight=WEIGHT.index_fill(0, torch.tensor(0), first), backend=backend, seed=SEED) | LINKS[name]
+        loss = function(*args, target, (1, 4), **more)
+        results.append((loss.detach(), *torch.autograd.grad(loss, x, retain_graph=True)))
+    assert_same(*results)
+    assert results[0][0].isfinite()
+
+
+@every_link
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_weights_of_classes_are_those_of_cross_entropy(reduction, name):
     x, target = batch()
@@ -283,20 +301,42 @@ def test_epsilon_is_learned_in_values_and_excesses():
     assert gradcheck(lambda x, e: noised_topk(x, (1, 3), e, 4, seed=SEED), (x, epsilon_of()))
     assert gradcheck(lambda x, e: noised_excess(x, target, (1, 3), e, 4, seed=SEED), (x, epsilon_of()))
     x, weight, bias, target = layer()
-    with pytest.raises(
-        ValueError, match="sparse_grad=True with a bias or an offset cannot learn epsilon: pass neither"
-    ):
-        linear_noised_excess(x, weight, target, 1, epsilon_of(), linear_bias=bias, sparse_grad=True)
-    with pytest.raises(
-        ValueError, match="sparse_grad=True with a bias or an offset cannot learn epsilon: pass neither"
-    ):
-        linear_noised_topk_loss(x, weight, target, 1, epsilon_of(), offset=OFFSET, sparse_grad=True)
     epsilons = [epsilon_of() for _ in range(2)]
+    more = dict(linear_bias=bias, offset=OFFSET, seed=SEED)
     for epsilon, sparse in zip(epsilons, (True, False)):
-        linear_noised_topk_loss(x, weight, target, 1, epsilon, sparse_grad=sparse, seed=SEED).backward()
+        linear_noised_topk_loss(x, weight, target, 1, epsilon, sparse_grad=sparse, **more).backward()
     torch.testing.assert_close(*(epsilon.grad for epsilon in epsilons))
     values, _ = noised_topk_candidates(x.detach(), 2, epsilon_of(), seed=SEED)
     assert not values.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0.7, 1e-4])
+@pytest.mark.parametrize("form", ["plain", "linear"])
+def test_a_learned_epsilon_has_the_bits_of_a_number(form, value, dtype):
+    x, weight, _, target = layer(dtype)
+    args = (x @ weight.t(),) if form == "plain" else (x, weight)
+    function = noised_excess if form == "plain" else linear_noised_excess
+    epsilon = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    learned = function(*args, target, (1, 4), epsilon, 4, seed=SEED)
+    assert_same(learned.detach(), function(*args, target, (1, 4), value, 4, seed=SEED).detach())
+    learned.sum().backward()
+    assert 0 < epsilon.grad.abs() < 5 * learned.numel()
+
+
+@pytest.mark.parametrize("form", ["plain", "linear"])
+def test_a_learned_epsilon_with_masked_classes_and_ignored_rows(form):
+    """Neither scores of -inf nor a NaN in an ignored row reach epsilon's gradient."""
+    x, weight, _, target = (t.detach() for t in layer())
+    target = torch.arange(len(target)).index_fill(0, torch.tensor([1]), -100)
+    x[1] = math.nan
+    function = noised_topk_loss if form == "plain" else linear_noised_topk_loss
+    for n_classes in (L - 1, 3):  # with the latter an excess is -inf
+        epsilon, offset = epsilon_of(), OFFSET.index_fill(0, torch.arange(n_classes, L), -math.inf)
+        args = (x @ weight.t(),) if form == "plain" else (x, weight)
+        loss = function(*args, target.clamp(max=n_classes - 1), 4, epsilon, offset=offset, seed=SEED)
+        loss.backward()
+        assert loss.isfinite() and epsilon.grad.isfinite() and (epsilon.grad != 0) == (n_classes > 3)
 
 
 @every_link
@@ -485,6 +525,13 @@ def test_errors(bad, error, message):
 def test_a_head_refuses_what_does_not_fit():
     with pytest.raises(TypeError, match="criterion must be a loss module of topk_fast, .* got CrossEntropyLoss"):
         LinearHead(D, L, torch.nn.CrossEntropyLoss())
+
+    class Halved(SampledCrossEntropy):
+        def forward(self, input, target):
+            return super().forward(input, target) / 2
+
+    with pytest.raises(TypeError, match="LinearHead does not call its criterion's forward, which Halved overrides"):
+        LinearHead(D, L, Halved())
     with pytest.raises(ValueError, match=r"weight must have shape \[L\] = \[39\], got \[40\]"):
         LinearHead(D, L - 1, MODULES["sampled"]())
     with pytest.raises(ValueError, match=r"k must be in \[0, L - 1\] = \[0, 3\], got 5"):

@@ -300,6 +300,28 @@ def test_an_exported_graph_trains(form, backend, strict):
             graph(x, y.clone().fill_(L))
 
 
+class Guesses(nn.Module):
+    """A head that is exported to predict, and one that measures."""
+
+    def __init__(self, measure):
+        super().__init__()
+        self.head, self.measure = LinearHead(8, L, SampledCrossEntropy(6, seed=1)), measure
+
+    def forward(self, x, y):
+        return self.head(x, y, return_hits=(1, 5))[1] if self.measure else self.head.topk(x, 5)[1]
+
+
+@pytest.mark.parametrize("measure", [True, False], ids=["hits", "topk"])
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+def test_an_exported_head_takes_any_number_of_rows(measure, strict):
+    model, (x, y) = Guesses(measure), (randn(N, 8), batch()[1])
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(model, (x, y), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
+    for n_rows in (2, N - 1):
+        given = program.module()(x[:n_rows], y[:n_rows])
+        assert_same(given.to(torch.uint8), model(x[:n_rows], y[:n_rows]).to(torch.uint8))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler on CPU")
 @pytest.mark.parametrize("backend", BACKENDS[:1])
@@ -704,6 +726,10 @@ REPRS = [
     (
         lambda: NoisedTopKLoss((1, 2), margin=torch.ones(3), weight=torch.ones(3), link="softplus"),
         "NoisedTopKLoss(k=(1, 2), link='softplus', margin=<3 classes>, weight=<3 classes>)",
+    ),
+    (
+        lambda: NoisedTopKLoss(3, epsilon=torch.tensor(0.5)).to("meta"),
+        "NoisedTopKLoss(k=3, epsilon=tensor(..., device='meta', size=()))",
     ),
     (lambda: NormedLinear(4, 3), "NormedLinear(in_features=4, out_features=3)"),
 ]

@@ -558,6 +558,21 @@ def test_vmap_over_targets_says_what_to_do(function):
         torch.vmap(lambda y: CALLS[function](y=y, seed=1))(torch.stack([Y, Y]))
 
 
+@every_loss
+def test_transforms_of_torch_func_say_what_to_do(function):
+    def loss(x):
+        return CALLS[function](x=x, seed=1)
+
+    with raises(RuntimeError, "torch.vmap does not batch topk_fast, whose functions take a batch of rows already"):
+        torch.vmap(torch.func.grad(lambda x, y: CALLS[function](x=x[None], y=y[None], seed=1)))(X, Y)
+    with raises(RuntimeError, "torch.vmap does not batch topk_fast, not even in torch.func.jacrev"):
+        torch.func.jacrev(torch.func.grad(loss))(X)
+    with raises(RuntimeError, "topk_fast has no forward-mode derivative: take torch.func.vjp"):
+        torch.func.jvp(loss, (X,), (X,))
+    with raises(RuntimeError, "topk_fast has no forward-mode derivative"), torch.autograd.forward_ad.dual_level():
+        loss(torch.autograd.forward_ad.make_dual(X, X))
+
+
 @every_function
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_jit_trace_says_what_to_do(function, backend):

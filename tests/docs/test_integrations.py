@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from testing import ROOT
-from topk_fast import functional
+from topk_fast import NoisedTopKLoss, functional
 
 PAGES = ROOT / "docs" / "integrations"
 
@@ -193,13 +193,14 @@ ANEW = {
     "scale": ([50.0, 20.0, 10.0], [1, 2, 2]),
     "noise": (["normal", "gumbel", "normal"], [1, 2, 2]),
     "link": (["hinge", "softplus", "identity"], [1, 2, 3]),
-    "temperature": ([1.0, 0.5, 0.25], [1, 2, 2]),
-    "margin": ([1.0, 0.5, 0.25, 0.0], [1, 2, 2, 3]),
+    "temperature": ([1.0, 0.5, 0.25], [1, 3, 4]),  # torch.compile tries a dynamic one first
+    "margin": ([1.0, 0.5, 0.25, 0.0], [1, 2, 2, 4]),
     "a tensor as margin": ([torch.ones(300), torch.zeros(300), torch.arange(300.0)], [1, 1, 1]),
     "rank_weights": ([(1.0,), (2.0,), (3.0,)], [1, 2, 2]),
     "exclude_target": ([False, True, False], [1, 2, 2]),
     "offset": ([torch.zeros(300), torch.ones(300), torch.arange(300.0)], [1, 1, 1]),
     "weight": ([torch.ones(300), torch.zeros(300), torch.arange(300.0)], [1, 1, 1]),
+    "ignore_index": ([-1, -2, -3], [1, 2, 3]),
     "epsilon": ([1.0, 0.5, 0.25], None),
     "a tensor as epsilon": ([torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.25)], [1, 1, 1]),
 }
@@ -219,7 +220,7 @@ def test_what_recompiles(name):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("aot_eager")
     function, more = FUNCTIONS.get(name, (functional.bal_noised_topk_loss, {}))
     compiled = torch.compile(lambda options: function(**options), backend=counter, fullgraph=True)
     values, expected = ANEW[name]
@@ -231,3 +232,27 @@ def test_what_recompiles(name):
         counts.append(counter.frame_count)
     torch._dynamo.reset()
     assert counts == expected or (expected is None and counts[0] < counts[1] < counts[2]), counts
+
+
+@pytest.mark.parametrize(
+    "name, values, expected",
+    [
+        ("seed", (1, 2, 3), [1, 2, 3]),
+        ("rank_weights", ((1.0,), (2.0,), (3.0,)), [1, 2, 3]),
+        ("scale", (1.0, 2.0, 3.0), [1, 2, 2]),
+    ],
+)
+def test_what_an_attribute_of_a_module_recompiles(name, values, expected):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    criterion = NoisedTopKLoss((5,))
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    counts = []
+    for value in values:
+        setattr(criterion, name, value)
+        compiled(torch.ones(6, 300), torch.zeros(6, dtype=torch.int64))
+        counts.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert counts == expected

@@ -70,7 +70,7 @@ def test_a_search_allocates_little_beside_the_scores(only_launched, noise_on, n_
 
 def test_no_memory_left_is_said(only_launched, noise_on):
     x = torch.empty(2**30, 2, dtype=torch.bfloat16, device="cuda")
-    with pytest.raises(RuntimeError, match=r"a tensor of shape \[1073741824, 33, 2\] cannot be allocated: .*out of memory"):
+    with pytest.raises(RuntimeError, match=r"a tensor of shape \[1073741824, 33, 2\] cannot be .*out of memory"):
         ops.kernel("candidates", "cuda")(x, *noise_on("cuda", 2, n_sample=33), 0, 0)
 
 
