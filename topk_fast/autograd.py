@@ -46,9 +46,9 @@ def depending_on(epsilon: Tensor, excess: Tensor, clean: Tensor) -> Tensor:
     The mean noise z at the ranks is constant between the points where two noised scores change ranks.
     """
     wide = excess.detach().double()
-    noise_ = (wide - clean) / epsilon.detach()
-    noise_ = noise_.clamp(-noise.LARGEST_LEVEL, noise.LARGEST_LEVEL).masked_fill(wide.isinf(), 0.0)
-    return excess + ((epsilon - epsilon.detach()) * noise_).to(excess.dtype)
+    mean = ((wide - clean) / epsilon.detach()).clamp(-noise.LARGEST_LEVEL, noise.LARGEST_LEVEL)
+    mean = mean.masked_fill(wide.isinf(), 0.0)
+    return excess + ((epsilon - epsilon.detach()) * mean).to(excess.dtype)
 
 
 class Derivative(Function):

@@ -113,8 +113,9 @@ class _Bags:
         self.n_classes = n_classes
         self.row = torch.where(key < n_classes, order // width, n_rows)  # n_rows: a row of zeros
         self.value = values.flatten()[order]
-        bag = F.pad((key[1:] != key[:-1]).cumsum(0), (min(1, len(key)), 0))
-        n_bags = min(len(key), n_classes + 1)
+        before = (torch.arange(key.shape[0], device=key.device) - 1).clamp(min=0)
+        bag = (key != key[before]).cumsum(0)
+        n_bags = torch.sym_min(key.shape[0], n_classes + 1)
         self.starts = torch.searchsorted(bag, torch.arange(n_bags + 1, device=key.device))
         self.classes = F.pad(key, (0, 1), value=n_classes)[self.starts[:-1]]  # n_classes: none
 

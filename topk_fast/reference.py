@@ -307,10 +307,11 @@ def entries(grad: Tensor, classes: Tensor, labels: Labels) -> tuple[Tensor, Tens
 def count_occurrences(places: Tensor, classes: Tensor) -> Tensor:
     """How often each of the places [N, J] stands among the classes [N, B, M] of each rank: [N, J, M].
 
-    All pairs are compared where samples are few, which is faster; else a binary search takes J log B steps.
+    All pairs are compared where samples are few, which is faster; else a binary search takes J log B steps. A graph has
+    the latter, which needs no pieces of a number of rows that may not be known.
     """
     n_sample, n_ranks = classes.shape[1:]
-    if n_sample > _FEW_SAMPLES:
+    if n_sample > _FEW_SAMPLES or not isinstance(classes.shape[0], int):
         ordered = classes.transpose(1, 2).contiguous().sort(dim=2).values
         wanted = places[:, None].expand(-1, n_ranks, -1).contiguous()
         least, end = (torch.searchsorted(ordered, wanted, right=right) for right in (False, True))

@@ -238,6 +238,25 @@ def test_a_wrong_label_in_compiled_code(compiler, name, backend):
     assert compiler.frame_count == 1
 
 
+@pytest.mark.parametrize("form", ["logits", "head"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_full_graph_of_rows_whose_number_depends_on_data(form):
+    """As of the tokens that are no padding, or of a detector's boxes."""
+    torch._dynamo.reset()
+    head, (x, y) = LinearHead(8, L, SampledCrossEntropy(6, seed=1)), (randn(N, 8).requires_grad_(), batch()[1])
+
+    def step(x, y, mask):
+        return head(x[mask], y[mask]) if form == "head" else head.criterion(head.logits(x[mask]), y[mask])
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for n_rows in (N - 1, 2):
+        mask, leaves = torch.arange(N) < n_rows, (x, *head.parameters())
+        given, expected = (run(x, y, mask) for run in (compiled, step))
+        torch.testing.assert_close(given, expected)
+        torch.testing.assert_close(torch.autograd.grad(given, leaves), torch.autograd.grad(expected, leaves))
+    torch._dynamo.reset()
+
+
 class Exported(nn.Module):
     """A model that returns its loss, as a training step that is exported does."""
 
