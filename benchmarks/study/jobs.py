@@ -16,11 +16,14 @@ from examples.training import fit_best_epoch
 
 SEEDS = (1, 2, 3, 4, 5)
 TRIAL_SEED = 0
+SECOND_TRIALS = 6
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a data set is studied: each loss has `trials` trials per optimizer, and the best is run again under SEEDS."""
+    """How a data set is studied: each loss has `trials` trials per optimizer and SECOND_TRIALS around the best of these,
+    and the best of all is run again under SEEDS.
+    """
 
     epochs: int
     batch: int
@@ -38,7 +41,7 @@ FROM_SCRATCH = [name for name in LONG_TAILED if name != "focal" and "B = 5" not 
 PLANS = {
     "features": Plan(15, 256, 15, ALL, optimizers=("AdamW", "SGD")),
     "kanji": Plan(6, 512, 9, [name for name in FROM_SCRATCH if name != "LDAM"], "top-5"),
-    "species": Plan(20, 256, 9, LONG_TAILED),
+    "species": Plan(20, 256, 9, LONG_TAILED, optimizers=("AdamW", "SGD")),
     "long-tailed glyphs": Plan(8, 128, 9, FROM_SCRATCH),
     "noisy glyphs": Plan(8, 128, 9, [name for name in FROM_SCRATCH if name in BALANCED_DATA]),
     "glyphs": Plan(8, 128, 9, [name for name in FROM_SCRATCH if name in BALANCED_DATA]),
@@ -83,24 +86,39 @@ def settings_of(loss: str, data: str, optimizer: str) -> list[dict]:
     return [a | b | c for a, b, c in zip(common, third, own)]
 
 
+def settings_near(best: dict, loss: str) -> list[dict]:
+    """The settings of the second trials: the learning rate and weight decay lie within a factor of two of the best
+    first trial's, also beyond the bounds of the first ones, the loss's own settings anywhere, and all else is the same.
+    """
+    near = {name: (best[name] / 2, best[name] * 2) for name in OPTIMIZER}
+    common, own = (draw_points(box, SECOND_TRIALS, TRIAL_SEED + i) for i, box in ((2, near), (3, LOSSES[loss].space)))
+    return [best | a | b for a, b in zip(common, own)]
+
+
 def job_of(stage: str, data: str, loss: str, settings: dict, seed: int) -> dict:
     plan = PLANS[data]
     length = {"epochs": plan.epochs, "batch": plan.batch, "keep_by": plan.keep_by}
     return {"stage": stage, "data": data, "loss": loss, "settings": settings, "seed": seed} | length
 
 
-def trials_of(data: str, loss: str, optimizers: Sequence[str]) -> list[dict]:
-    settings = [point for optimizer in optimizers for point in settings_of(loss, data, optimizer)]
-    return [job_of("trial", data, loss, point, TRIAL_SEED) for point in settings]
+def first_trials(data: str, optimizers: Sequence[str]) -> dict[str, list[dict]]:
+    """The first trials of each loss."""
+    return {
+        loss: [
+            job_of("trial", data, loss, point, TRIAL_SEED)
+            for optimizer in optimizers
+            for point in settings_of(loss, data, optimizer)
+        ]
+        for loss in PLANS[data].losses
+    }
 
 
-def chosen_settings(data: str, done: list[dict], optimizers: Sequence[str]) -> dict[str, dict]:
-    """The settings of the best trial with these optimizers, of each loss whose trials are all done."""
+def best_settings(data: str, trials: dict[str, list[dict]], done: list[dict]) -> dict[str, dict]:
+    """The settings of the best of some trials, of each loss whose trials are all done."""
     have, chosen = {key_of(record): record for record in done}, {}
-    for loss in PLANS[data].losses:
-        trials = trials_of(data, loss, optimizers)
-        found = [have[key_of(trial)] for trial in trials if key_of(trial) in have]
-        if len(found) == len(trials):
+    for loss, wanted in trials.items():
+        found = [have[key_of(trial)] for trial in wanted if key_of(trial) in have]
+        if len(found) == len(wanted):
             chosen[loss] = max(found, key=lambda record: record[PLANS[data].keep_by])["settings"]
     return chosen
 
@@ -108,14 +126,21 @@ def chosen_settings(data: str, done: list[dict], optimizers: Sequence[str]) -> d
 def jobs(data: str, done: list[dict]) -> list[dict]:
     """The jobs of a data set, as far as they are known: all trials, and the best ones again, on the test rows."""
     plan = PLANS[data]
-    trials = [job for loss in plan.losses for job in trials_of(data, loss, plan.optimizers)]
-    chosen = chosen_settings(data, done, plan.optimizers)
-    return trials + [job_of("test", data, loss, best, seed) for loss, best in chosen.items() for seed in SEEDS]
+    trials = first_trials(data, plan.optimizers)
+    both = {
+        loss: trials[loss]
+        + [job_of("second trial", data, loss, point, TRIAL_SEED) for point in settings_near(best, loss)]
+        for loss, best in best_settings(data, trials, done).items()
+    }
+    chosen = best_settings(data, both, done)
+    return [job for wanted in (trials | both).values() for job in wanted] + [
+        job_of("test", data, loss, best, seed) for loss, best in chosen.items() for seed in SEEDS
+    ]
 
 
 def ablation_jobs(done: list[dict]) -> list[dict]:
-    """The jobs that vary one setting, of the losses whose other settings are chosen; with AdamW."""
-    chosen = chosen_settings(ABLATED, done, ("AdamW",))
+    """The jobs that vary one setting around the best first trial with AdamW, of the losses whose trials are done."""
+    chosen = best_settings(ABLATED, first_trials(ABLATED, ("AdamW",)), done)
     return [
         job_of(f"ablation of {key}", ABLATED, loss, chosen[loss] | {key: value}, seed)
         for loss, keys in ABLATIONS.items()

@@ -7,7 +7,6 @@ from scipy.stats import ttest_1samp
 
 from benchmarks.committed import grid, result, spread
 from benchmarks.study.jobs import ABLATED, ABLATIONS, PLANS
-from examples.losses import EPS
 
 SHOTS = {"few": "few-shot", "medium": "medium-shot", "many": "many-shot"}
 METRICS = ("top-1", "top-5", "top-20", "macro top-5")
@@ -82,26 +81,14 @@ def settings_table() -> str:
     return grid(["data", "loss", "settings"], rows)
 
 
-def eps_table() -> str:
-    """The best trial of each loss with each eps of AdamW."""
-    report = result("study")
-    rows = []
-    for data, plan in PLANS.items():
-        if not report["data"][data]["complete"]:
-            continue
-        for loss, trials in runs_of(report, "trial", data).items():
-            best = [max(t[plan.keep_by] for t in trials if t["settings"].get("eps") == eps) for eps in EPS]
-            rows.append([data, loss, *(f"{100 * value:.1f}" for value in best)])
-    return grid(["data", "loss", *(f"eps = {eps:g}" for eps in EPS)], rows)
-
-
 def sgd_table() -> str:
-    """The best trial of each loss with AdamW and with SGD."""
-    rows, plan = [], PLANS["features"]
-    for loss, trials in runs_of(result("study"), "trial", "features").items():
-        of_adamw, of_sgd = ([t[plan.keep_by] for t in trials if name in t["settings"]] for name in ("eps", "momentum"))
-        rows.append([loss, *(f"{100 * max(values):.1f}" for values in (of_adamw, of_sgd))])
-    return grid(["loss", "AdamW", "SGD"], rows)
+    """The best first trial of each loss with AdamW and with SGD, on the data that have both."""
+    report, rows = result("study"), []
+    for data, plan in PLANS.items():
+        for loss, trials in runs_of(report, "trial", data).items() if "SGD" in plan.optimizers else ():
+            of_both = ([t[plan.keep_by] for t in trials if name in t["settings"]] for name in ("eps", "momentum"))
+            rows.append([data, loss, *(f"{100 * max(values):.1f}" for values in of_both)])
+    return grid(["data", "loss", "AdamW", "SGD"], rows)
 
 
 def ablation_table() -> str:
@@ -140,7 +127,6 @@ TABLES = {
     "data": data_table,
     **{data: partial(study_table, data) for data in PLANS},
     "settings": settings_table,
-    "eps": eps_table,
     "sgd": sgd_table,
     "ablation": ablation_table,
     "accuracy": accuracy_table,

@@ -57,6 +57,28 @@ def test_a_seed_fixes_a_run(tiny):
     assert jobs.run(job, None) == jobs.run(job, None) != jobs.run(job | {"seed": 2}, None)
 
 
+def test_a_seed_has_the_same_batches_and_first_weights_under_all_losses(tiny, monkeypatch):
+    """Also under losses that draw noise, and under cosine heads, whose rows are drawn by another law."""
+    seen, take_steps, make_model = [], training.take_steps, training.make_model
+
+    def recorded_steps(loss_of, *args):
+        return take_steps(lambda rows: seen.append(rows.tolist()) or loss_of(rows), *args)
+
+    def recorded_model(*args):
+        model = make_model(*args)
+        seen.append([p.tolist() for p in model[0].parameters()])
+        return model
+
+    monkeypatch.setattr(training, "take_steps", recorded_steps)
+    monkeypatch.setattr(training, "make_model", recorded_model)
+    runs = []
+    for loss in ("cross-entropy", "sampled, B = 16", "LDAM"):
+        seen.clear()
+        jobs.run(make_job(loss, epochs=3), None)
+        runs.append(list(seen))
+    assert runs[0] == runs[1] == runs[2] and len(runs[0]) > 3
+
+
 def test_a_run_with_sgd_is_another_one_and_learns(tiny):
     with_adam = make_job("cross-entropy")
     common = {name: with_adam["settings"][name] for name in ("weight_decay", "lr")}
@@ -140,10 +162,22 @@ def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     done = [job | {plan.keep_by: place / 1000} for place, job in enumerate(first)]
     assert jobs.left_of(jobs.jobs("features", done[:3]), done[:3]) == first[3:]
     done += done[:5] + [done[0] | {"epochs": 1}]  # repeated, and of an older plan
-    tests = jobs.left_of(jobs.jobs("features", done), done)
-    assert {job["stage"] for job in tests} == {"test"} and len(tests) == len(plan.losses) * len(jobs.SEEDS)
-    for job in tests:  # the last trial of a loss is its best here
-        assert job["settings"] == [t for t in first if t["loss"] == job["loss"]][-1]["settings"]
+    second = jobs.left_of(jobs.jobs("features", done), done)
+    assert {job["stage"] for job in second} == {"second trial"} and len(second) == len(plan.losses) * jobs.SECOND_TRIALS
+    best = {trial["loss"]: trial["settings"] for trial in first}  # the last trial of a loss is its best here
+    for job in second:
+        settings, around, space = job["settings"], best[job["loss"]], LOSSES[job["loss"]].space
+        assert all(0.49 < settings[name] / around[name] < 2.05 for name in OPTIMIZER)
+        assert all(low <= settings[key] <= high for key, (low, high) in space.items())
+        assert all(settings[key] == around[key] for key in around.keys() - OPTIMIZER.keys() - space.keys())
+    lower = [job | {plan.keep_by: 0.0} for job in second]
+    higher = [job | {plan.keep_by: 1.0 + place} for place, job in enumerate(second)]
+    best_second = {trial["loss"]: trial["settings"] for trial in second}
+    for found, chosen in ((lower, best), (higher, best_second)):
+        tests = jobs.left_of(jobs.jobs("features", done + found), done + found)
+        assert {job["stage"] for job in tests} == {"test"} and len(tests) == len(plan.losses) * len(jobs.SEEDS)
+        assert all(job["settings"] == chosen[job["loss"]] for job in tests)
+    done += higher
     ablations = [job for job in jobs.ablation_jobs(done) if job["stage"] == "ablation of epsilon"]
     assert {job["settings"]["epsilon"] for job in ablations if job["loss"] == BALANCED} == set(
         jobs.ABLATIONS[BALANCED]["epsilon"]
