@@ -37,7 +37,7 @@ def run(*command) -> str:
 
 def forbidden_in(ptx: str) -> list[str]:
     """The fused and approximate instructions of some PTX."""
-    pattern = r"\b(?:fma|mad\.(?:rn|rz)|[\w.]+\.approx|div\.full|sqrt\.approx)[\w.]*"
+    pattern = r"\b(?:fma|mad\.(?:rn|rz)|[\w.]+\.approx|[\w.]+\.ftz|div\.full|sqrt\.approx)[\w.]*"
     return sorted(set(re.findall(pattern, ptx)))
 
 

@@ -9,10 +9,13 @@ import triton.language as tl
 from .noise import GUMBEL, exp_minus
 from .order import MAX32
 
+SMALLEST: tl.constexpr = 1.1754943508222875e-38  # normal number
+
 
 @triton.jit
 def certain_below(score, reach, epsilon):
     """An x such that score + epsilon * z is below ``reach`` for every draw z < x; -inf or NaN where there is none."""
+    epsilon = tl.where((epsilon > 0.0) & (epsilon < SMALLEST), SMALLEST, epsilon)  # it may only grow
     x = tl.div_rn((reach - score) - (tl.abs(reach) + tl.abs(score)) * 4e-7, epsilon)
     return x - (tl.minimum(tl.abs(x), 1e30) * 4e-6 + 2e-5)  # +inf where epsilon is 0
 

@@ -174,7 +174,7 @@ def collect_kernel(
     part = tl.program_id(0) % parts
     row = row_of(scores_of(scores, offset, row_stride, class_stride, n_classes, SHAPE), n, SHAPE)
     lists = lists_of(workspace, n, slot, parts, capacity, SHAPE)
-    # The parts of a row write the same maxima there.
+    # The parts of a row write the same maxima there, and nothing else.
     cut = cut_of(row, Plan(group, stride, rank, 0), lists.survivors, SHAPE)
     entries = lists.pilot + SHAPE.TILE + part * lists.capacity
     count, start, _ = collect(row, cut, entries, capacity, part * (TURN * SHAPE.WIDTH), 0, parts, SHAPE)

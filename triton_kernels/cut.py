@@ -69,7 +69,7 @@ def group_maxima(row, plan, looked_at, out, SHAPE: tl.constexpr):
                 place = row.places + vector.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
                 x = tl.where(inside, widened(tl.load(place, mask=inside, other=0)), float("-inf"))
                 top = tl.maximum(top, tl.max(x, 1))
-            tl.store(out + group, ordered(top))
+            tl.store(out + group, ordered(top), mask=group < looked_at)
     else:
         for start in range(0, looked_at, 256):
             group = start + tl.arange(0, 256)
@@ -78,7 +78,7 @@ def group_maxima(row, plan, looked_at, out, SHAPE: tl.constexpr):
                 class_id = group * (plan.stride * plan.group) + i
                 x = load_scores(row, class_id, (group < looked_at) & (class_id < row.n_classes), float("-inf"))
                 top = tl.maximum(top, x)
-            tl.store(out + group, ordered(top))
+            tl.store(out + group, ordered(top), mask=group < looked_at)
 
 
 @triton.jit
@@ -89,7 +89,8 @@ def cut_of(row, plan, words, SHAPE: tl.constexpr):
     """
     looked_at = tl.cdiv(tl.cdiv(row.n_classes, plan.group), plan.stride)
     for start in range(looked_at // 256 * 256, GROUPS, 256):
-        tl.store(words.to(tl.pointer_type(tl.int32)) + start + tl.arange(0, 256), NO_SCORE)
+        place = start + tl.arange(0, 256)  # another part of the row may have stored its maxima there already
+        tl.store(words.to(tl.pointer_type(tl.int32)) + place, NO_SCORE, mask=place >= looked_at)
     tl.debug_barrier()
     group_maxima(row, plan, looked_at, words.to(tl.pointer_type(tl.int32)), SHAPE)
     tl.debug_barrier()

@@ -21,12 +21,11 @@ _COMPILED: dict = {}  # by what they are compiled for; Triton's own look-up take
 
 
 def options(warps: int) -> dict:
-    """How to compile for ``warps`` warps of 32 and 16 warps a multiprocessor, at the price of a few spills.
-
-    AMD gets one wave of 64: there Triton's barrier orders shared memory only, and global memory keeps its order only
-    for a wave's own accesses.
+    """How to compile for ``warps`` warps of 32: a search for 16 warps a multiprocessor, at the price of a few spills,
+    and the gradient for 20, without any. AMD gets one wave of 64, whose own accesses keep their order.
     """
-    return EXACT | ({"num_warps": 1} if layout.HIP else {"num_warps": warps, "maxnreg": 128})
+    registers = 128 if warps == 1 else 96
+    return EXACT | ({"num_warps": 1} if layout.HIP else {"num_warps": warps, "maxnreg": registers})
 
 
 def launch(kernel, programs: int, tensors: tuple, numbers: tuple, constants: tuple, warps: int) -> None:
@@ -41,6 +40,11 @@ def launch(kernel, programs: int, tensors: tuple, numbers: tuple, constants: tup
     if compiled is not None:
         compiled[grid](*tensors, *numbers, *constants)
         return
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Triton compiles a kernel in its first call, which no CUDA graph can capture: make the call once before "
+            "the capture"
+        )
     compiled = kernel[grid](*tensors, *numbers, *constants, **options(warps))
     if compiled is not None and not layout.HIP:  # the interpreter compiles nothing
         _COMPILED[key] = compiled
