@@ -1,8 +1,10 @@
 """Clipping by norm of gradients among which some are row-sparse, which :mod:`torch.nn.utils` does not take."""
 
+import math
 import sys
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -55,6 +57,10 @@ def clip_grad_norm_(
     if tensors is not None and len({isinstance(g, tensors.DTensor) for g in grads}) > 1:
         raise ValueError("some gradients are DTensors and others are not: clip each kind in a call of its own")
     values = [g.coalesce().values() if g.is_sparse else g for g in grads]
-    total_norm = get_total_norm([v for v in values if v.numel()], norm_type, error_if_nonfinite, foreach)
-    clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+    values = [v for v in values if v.numel()]
+    if grads and not values:  # on the gradients' device
+        return grads[0].new_zeros((), dtype=torch.float32).to_dense()
+    total_norm = get_total_norm(values, norm_type, error_if_nonfinite, foreach)
+    if max_norm != math.inf:
+        clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     return total_norm

@@ -117,6 +117,7 @@ class Criterion(NamedTuple):
             "scale": self.scale,
             "rank_weights": self.rank_weights,
             "weight": "a tensor" if self.weight is not None else None,
+            "reduction": self.reduction,
         }
 
 

@@ -154,7 +154,8 @@ class LinearHead(Module):
         """
         loss = self.criterion.as_request()
         loss = loss._replace(options=loss.options._replace(process_group=self.process_group))
-        linear = Linear(self.weight, self.bias, self.normalize, self.chunk_size, self.sparse_grad, return_hits)
+        how = (self.normalize, self.chunk_size, self.sparse_grad, return_hits, self.n_classes)
+        linear = Linear(self.weight, self.bias, *how)
         value, hits = linear_losses.evaluate_with_hits(features, target, linear, loss)
         return value if hits is None else (value, hits)
 
@@ -184,12 +185,17 @@ class LinearHead(Module):
         Args:
             features: [N, D] or [..., D].
         """
+        if self.process_group is not None:
+            features = sharding.SumGradients.apply(features, self.process_group)
         if self.normalize:
             result = F.linear(unit_rows(features), unit_rows(self.weight), self.bias)
         else:
             result = F.linear(features, self.weight, self.bias)
         shape = torch.Size((*features.shape[:-1], self.n_classes))
-        return result if self.process_group is None else checkpoints.shard(result, -1, shape, self.process_group)
+        if self.process_group is None:
+            return result
+        shard = torch.compiler.disable(checkpoints.shard) if torch.compiler.is_compiling() else checkpoints.shard
+        return shard(result, -1, shape, self.process_group)
 
     def register_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Shards an optimizer's state of this head's rows in its state_dict, as the head's own shards the rows.
@@ -197,7 +203,11 @@ class LinearHead(Module):
         Call it once for an optimizer that has parameters of a head with ``process_group``.
 
         Args:
-            optimizer: any optimizer of :mod:`torch.optim`, after it was made.
+            optimizer: one of :mod:`torch.optim` whose state of a parameter has its shape, or is a number, as that of
+                SGD, Adam, SparseAdam and Adagrad; after it was made.
+
+        Raises:
+            RuntimeError: in the optimizer's ``state_dict()``, for state of another shape, as Adafactor's.
         """
         checkpoints.register_optimizer(self, optimizer)
 

@@ -35,7 +35,8 @@ def evaluate_with_hits(
         wanted, loss = loss_checks.check_loss(loss, n_classes, input.device, layer.dtype)
         if layer.sparse:
             checks.check_leaves(weight=linear.weight, bias=linear.bias)
-            sharding.check_unmanaged(linear.weight)
+        if layer.sparse or group is not None and wrap is None:
+            sharding.check_unmanaged(linear.weight, layer.sparse, group)
         labels = Labels(target.reshape(-1), loss.ignore_index, loss.exclude_target)
         backend = resolve(loss.options.backend, rows, layer, max(wanted.k, layer.n_best))
         search = sharding.agree_on(
@@ -43,7 +44,12 @@ def evaluate_with_hits(
             LinearSearch(rows, linear.weight, linear.bias, wanted, labels, layer, backend),
             loss,
             tensors={"input": rows},
-            facts=facts_of(layer, rows) | {"input_requires_grad": rows.requires_grad, "return_hits": hits},
+            facts=facts_of(layer, rows)
+            | {
+                "input_requires_grad": rows.requires_grad and torch.is_grad_enabled(),
+                "return_hits": hits,
+                "n_classes": linear.n_classes,
+            },
         )
         if search.shards is not None:
             _check_hits(linear, loss, search.shards.n_classes)

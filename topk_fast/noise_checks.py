@@ -42,7 +42,7 @@ def _check_schedule(epsilon, device):
         return epsilon
     if epsilon.device != device:
         raise ValueError(f"epsilon must be on input's device {device}, got {epsilon.device}")
-    # A learned one divides the scores, and so must not be 0.
+    # The derivative in a learned one divides by it, so it must not be 0.
     known = (epsilon > 0 if epsilon.requires_grad else epsilon >= 0) & (epsilon <= LARGEST_EPSILON)
     span = f"{'(' if epsilon.requires_grad else '['}0, {LARGEST_EPSILON:g}]"
     try:

@@ -50,6 +50,7 @@ class Linear(NamedTuple):
     chunk_size: Any = None
     sparse_grad: Any = False
     return_hits: Any = None  # the K, or several, of the hits that are wanted beside the loss
+    n_classes: Any = None  # of all ranks, where the layer knows
 
 
 class Noise(NamedTuple):

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,13 +74,29 @@ class Shards:
         lists = lists.reshape(len(self.sizes), 2, n_rows, n_sample, k).movedim(0, 3).flatten(3)  # [2, N, B, ranks * k]
         values, classes = reference.merge(lists[0].view(values.dtype), lists[1].to(torch.int64), k)
         ends = torch.tensor(self.sizes, device=target.device).cumsum(0)
-        owner = torch.searchsorted(ends, target, right=True).clamp(max=len(self.sizes) - 1)
+        owner = torch.searchsorted(ends, target.contiguous(), right=True).clamp(max=len(self.sizes) - 1)
         return values, classes, scores.gather(0, owner[None])[0].contiguous().view(values.dtype)
 
     def sum(self, x: Tensor) -> Tensor:
         """Adds up over the ranks, in place."""
         dist.all_reduce(x, group=self.group)
         return x
+
+
+class SumGradients(Function):
+    """Features that are the same on all ranks, each of which gets the gradient of its own classes back."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
 
 
 def check_group(group) -> None:
@@ -167,7 +185,7 @@ class Meeting:
         seed, low, high, *marks = torch.stack(marks).tolist()  # waits for the device once
         facts = {
             "function": self.function,
-            "shape of target": tuple(target.shape),
+            "number of rows": len(target),
             "target": None,  # its place, before the margins, which depend on it; the checksum follows
             "ignore_index": ignore_index,
             "n_sample": wanted.n_sample,
@@ -271,28 +289,42 @@ def replicated(x):
     return x.full_tensor() if tensors is not None and isinstance(x, tensors.DTensor) else x
 
 
-def check_unmanaged(weight: Tensor) -> None:
-    """Refuses row-sparse gradients where DistributedDataParallel or FSDP2 will reduce them, which take dense ones
-    only."""
+def check_unmanaged(weight: Tensor, sparse: bool, group) -> None:
+    """Refuses a weight that DistributedDataParallel or FSDP2 will reduce, where its gradient is row-sparse, or where
+    they reduce over ranks that own other classes."""
+    manager, ranks = _manager_of(weight)
+    if manager is None:
+        return
+    if sparse:
+        raise ValueError(
+            f"sparse_grad=True does not go with {manager}, which reduces only dense gradients: pass sparse_grad=False, "
+            "or keep the head out of it and give it a process_group, so that each rank owns some of the classes"
+        )
+    if group is not None and len(ranks.intersection(dist.get_process_group_ranks(group))) > 1:
+        raise ValueError(
+            f"a head with process_group does not go inside of {manager} over the same ranks, each of which owns other "
+            "classes: keep the head out of it"
+        )
+
+
+def _manager_of(weight: Tensor) -> tuple[str | None, set[int]]:
+    """What reduces the gradient of a weight, in a forward, and the ranks over which it does."""
     replica = DistributedDataParallel._get_active_ddp_module()
     if replica is not None and any(weight is p for p in replica._module_parameters):
-        manager = "DistributedDataParallel"
-    elif any(weight is p for p in _unsharded_by_fsdp()):
-        manager = "FSDP2"
-    else:
-        return
-    raise ValueError(
-        f"sparse_grad=True does not go with {manager}, which reduces dense gradients alone: pass sparse_grad=False, or "
-        "keep the head out of it and give it a process_group, so that each rank owns some of the classes"
-    )
+        return "DistributedDataParallel", set(dist.get_process_group_ranks(replica.process_group))
+    for parameter, mesh in _unsharded_by_fsdp():
+        if weight is parameter:
+            return "FSDP2", set(mesh.mesh.flatten().tolist())
+    return None, set()
 
 
 def _unsharded_by_fsdp():
-    """The parameters that FSDP2 shards, as a module's forward sees them. It has no public way to ask; without these
-    names its own error comes in the backward."""
+    """The parameters that FSDP2 shards, as a module's forward sees them, with its mesh. It has no public way to ask;
+    without these names its own error comes in the backward."""
     states = sys.modules.get("torch.distributed._composable_state")
     for reference_to in list(getattr(states, "_module_state_mapping", {}).values()):
         state = reference_to()
         single = getattr(state, "_fsdp_param_group", None) if not hasattr(state, "_fsdp_param_groups") else None
         for group in getattr(state, "_fsdp_param_groups", [single]):
-            yield from (getattr(p, "_unsharded_param", None) for p in getattr(group, "fsdp_params", ()))
+            for p in getattr(group, "fsdp_params", ()):
+                yield getattr(p, "_unsharded_param", None), group.mesh_info.mesh

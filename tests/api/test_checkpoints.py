@@ -47,7 +47,8 @@ class Training:
 
 def save(group, folder, sparse):
     training = Training(sparse, 0, group)
-    training.step()
+    for _ in range(3):  # so that a lost number of steps would show
+        training.step()
     dcp.save(training.state(), checkpoint_id=folder)
     return [training.step(), training.step()]
 
@@ -59,7 +60,9 @@ def load(group, folder, sparse):
     dcp.load(state, checkpoint_id=folder)
     training.head.load_state_dict(state["head"])
     training.optimizer.load_state_dict(state["optimizer"])
-    return [training.step(), training.step()]
+    losses = [training.step(), training.step()]
+    dcp.save(training.state(), checkpoint_id=f"{folder}_again_{0 if group is None else group.size()}")
+    return losses
 
 
 def load_full(group, state, sparse):
@@ -112,6 +115,39 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_three(on_ranks, tmp_path, 
     for world in (1, 3):
         for losses in on_ranks(world, load, folder, sparse):
             assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def refuse(group, n_classes, full):
+    """What each rank says to a state of another number of classes."""
+    other = LinearHead(D, n_classes, NoisedTopKLoss(2), bias=False, process_group=None if full else group).state_dict()
+    try:
+        LinearHead(D, L, NoisedTopKLoss(2), bias=False, process_group=group).load_state_dict(other)
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
+@pytest.mark.parametrize("n_classes", [6, 10, 12])  # 6 are the classes of rank 0
+def test_all_ranks_refuse_another_number_of_classes(on_ranks, n_classes, full):
+    expected = f"size mismatch: a head of [{L}, {D}] over all ranks cannot load [{n_classes}, {D}]"
+    assert on_ranks(2, refuse, n_classes, full) == [expected] * 2
+
+
+def save_adafactor(group):
+    head = LinearHead(D, L, NoisedTopKLoss(2), bias=False, process_group=group)
+    optimizer = torch.optim.Adafactor(head.parameters())
+    head.register_optimizer(optimizer)
+    head(torch.ones(2, D), torch.arange(2)).backward()
+    optimizer.step()
+    try:
+        optimizer.state_dict()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_state_that_is_not_of_rows_is_refused(on_ranks):
+    for said in on_ranks(2, save_adafactor):
+        assert "takes optimizers whose state of a parameter has its shape, got row_var of shape [" in said
 
 
 def test_full_tensors_load_into_a_sharded_head(on_ranks):

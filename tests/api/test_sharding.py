@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import stats
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
 from testing import BACKENDS
@@ -261,8 +262,8 @@ WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must 
     "no seed": (lambda a: a | {"seed": None}, "the same seed", "the same seed"),
     "rows": (
         lambda a: a | {"input": a["input"][1:], "target": a["target"][1:]},
-        "the same shape of target",
-        "the same shape of target",
+        "the same number of rows",
+        "the same number of rows",
     ),
     "target": (lambda a: a | {"target": a["target"].roll(1)}, "the same target", "the same target"),
     "margins": (lambda a: a | {"margin": MARGINS * 2}, "the same margins", "the same margins"),
@@ -271,6 +272,7 @@ WRONG = {  # what rank 1 does otherwise than rank 0, and what each of them must 
     "no offset": (lambda a: a | {"offset": None}, "the same offset", "the same offset"),
     "weight": (lambda a: a | {"weight": WEIGHT * 2}, "the same weight", "the same weight"),
     "link": (lambda a: a | {"link": "softplus"}, "the same link", "the same link"),
+    "reduction": (lambda a: a | {"reduction": "sum"}, "the same reduction", "the same reduction"),
     "learned epsilon": (
         lambda a: a | {"epsilon": torch.tensor(0.5, requires_grad=True)},
         "rank 1 cannot take part",
@@ -419,7 +421,7 @@ def fsdp_case(rank, world, sizes):
 
 
 def managed_case(rank, world, sizes):
-    """sparse_grad under what reduces dense gradients alone, the head itself wrapped or a part of the model."""
+    """sparse_grad under what reduces only dense gradients, the head itself wrapped or a part of the model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -433,14 +435,27 @@ def managed_case(rank, world, sizes):
 
     mesh = init_device_mesh("cpu", (world,))
     x, y = layer()[0], batch()[1]
-    replica = torch.nn.parallel.DistributedDataParallel(Model())
+    replica = DistributedDataParallel(Model())
     head, model = LinearHead(D, L, BalNoisedTopK(K, 0.5), sparse_grad=True), Model()
     for module in (head, model):
         fully_shard(module, mesh=mesh)
     alone = Model()  # beside the others, unmanaged
     said = [said_by(lambda module=module: module(x, y)) for module in (replica, head, model, alone)]
     alone(x, y).backward()
+    sharded = [LinearHead(D, L, BalNoisedTopK(K, 0.5), process_group=dist.group.WORLD) for _ in range(2)]
+    fully_shard(sharded[1], mesh=mesh)
+    sharded[0] = DistributedDataParallel(sharded[0])
+    said += [said_by(lambda module=module: module(x, y)) for module in sharded]
+    of_own_kind = [dist.new_group([i]) for i in range(world)][rank]  # as the replicas of a rank's classes in a mesh
+    apart = LinearHead(D, L, BalNoisedTopK(K, 0.5), process_group=dist.group.WORLD)
+    said.append(said_by(lambda: DistributedDataParallel(apart, process_group=of_own_kind)(x, y)))
     return said, alone.head.weight.grad.is_sparse
+
+
+def class_counts_case(rank, world, sizes):
+    """Heads that were made for different numbers of classes."""
+    head = LinearHead(D, L + rank, BalNoisedTopK(K, 0.5), process_group=dist.group.WORLD)
+    return said_by(lambda: head(layer()[0], batch()[1]))
 
 
 def from_meta_case(rank, world, sizes):
@@ -583,15 +598,18 @@ def hits_case(rank, world, sizes, as_dtensor=False):
 
 
 def logits_case(rank, world, sizes):
-    """A head's logits, of which each rank has those of its classes."""
+    """A head's logits, of which each rank has those of its classes, and the gradient of a loss of all of them."""
     torch.manual_seed(3)
     group = None if world == 0 else dist.group.WORLD
     found = []
     for normalize in (False, True):
         head = LinearHead(D, L, BalNoisedTopK(K, 0.5), normalize=normalize, process_group=group)
-        logits = head.logits(layer()[0].view(3, 3, D))
+        x = layer()[0].view(3, 3, D).requires_grad_()
+        logits = head.logits(x)
         assert world == 0 or logits.placements[0].is_shard(2)
-        found.append((logits if world == 0 else logits.full_tensor()).detach())
+        whole = logits if world == 0 else logits.full_tensor()
+        whole.logsumexp(2).sum().backward()
+        found += [whole.detach(), x.grad]
     return found
 
 
@@ -697,6 +715,7 @@ CASES = {
     "hits of DTensors": (hits_case, "even", True),
     "wrong top-k": (wrong_topk_case, "ragged"),
     "wrong features": (topk_of_own_features_case, "ragged"),
+    "wrong class counts": (class_counts_case, "even"),
 }
 MORE = {  # on so many ranks alone: the mesh needs four, and compiling takes each of them seconds
     2: {
@@ -891,10 +910,19 @@ def test_a_head_under_fsdp(ranks):
 
 
 def test_sparse_gradients_under_what_reduces_dense_ones(ranks):
-    for (of_ddp, of_head, of_model, of_none), is_sparse in result_of(ranks, 2, "managed"):
+    for (of_ddp, of_head, of_model, of_none, *sharded), is_sparse in result_of(ranks, 2, "managed"):
         assert of_ddp.startswith("ValueError: sparse_grad=True does not go with DistributedDataParallel")
         assert of_head.startswith("ValueError: sparse_grad=True does not go with FSDP2") and of_model == of_head
         assert of_none is None and is_sparse
+        for said, manager in zip(sharded, ("DistributedDataParallel", "FSDP2")):
+            assert said.startswith(f"ValueError: a head with process_group does not go inside of {manager} over the")
+        assert sharded[2] is None
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_heads_of_different_numbers_of_classes_all_raise(ranks, world):
+    for said in result_of(ranks, world, "wrong class counts"):
+        assert said.startswith("ValueError: all ranks must pass the same n_classes;")
 
 
 def test_a_head_from_the_meta_device_under_fsdp(ranks):
