@@ -9,7 +9,7 @@ import triton.language as tl
 from .noise import GUMBEL, exp_minus
 from .order import MAX32
 
-SMALLEST: tl.constexpr = 1.1754943508222875e-38  # normal number
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # normal number
 
 
 @triton.jit
