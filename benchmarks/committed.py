@@ -6,6 +6,12 @@ from statistics import mean, stdev
 
 from benchmarks import RESULTS
 
+TITLES = {"topk_fast": "balanced noised top-K"}  # in tables and plots, where the results have other names
+
+
+def title(name: str) -> str:
+    return TITLES.get(name, name)
+
 
 def result(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())

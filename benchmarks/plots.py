@@ -5,7 +5,7 @@ from statistics import mean
 
 from matplotlib.axes import Axes
 
-from benchmarks.committed import bias_is_seen, digest, median, result, spread
+from benchmarks.committed import bias_is_seen, digest, median, result, spread, title
 from benchmarks.loss import BASIC, CURVES, EQUAL
 from benchmarks.study.jobs import PLANS
 from benchmarks.study.losses import LOSSES
@@ -34,7 +34,7 @@ def curves(axes: Axes, group: str, key: str, measured=median, field: str = "ms")
     for name, style in look().items():
         points = [(c[key], measured(c, name)) for c in cases if name in c.get(field, {})]
         if points:
-            axes.plot(*zip(*points), label=name, **style)
+            axes.plot(*zip(*points), label=title(name), **style)
     axes.set(xscale="log", yscale="log")
 
 
@@ -58,7 +58,7 @@ def time_samples_rank(figure) -> None:
     curves(left, "samples", "n_sample")
     curves(right, "k", "k")
     left.set(xlabel="samples B", ylabel="ms, forward + backward")
-    right.set(xlabel="rank K")
+    right.set(xlabel="K")
     case = next(c for c in result("cpu")["cases"] if c["group"] == "samples")
     figure.suptitle(f"N, L = {case['N']}, {case['L']}", fontsize=9)
     lines = {line.get_label(): line for axes in (left, right) for line in axes.get_lines()}
@@ -91,7 +91,7 @@ def gradient(figure) -> None:
         cases = [c for c in times["cases"] if (c["N"], c["L"]) == shape]
         for loss, line, marker in (("topk_fast", "-", "o"), (EQUAL, "--", "s"), ("pytopk", ":", "D")):
             if points := [(median(c, loss), c["variance"][loss]) for c in cases if loss in c["ms"]]:
-                label = f"{loss}, N, L = {shape[0]}, {shape[1]}"
+                label = f"{title(loss)}, N, L = {shape[0]}, {shape[1]}"
                 right.plot(*zip(*points), color=colour, linestyle=line, marker=marker, label=label)
     right.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="variance of a row's gradient")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=7)

@@ -33,7 +33,7 @@ from topk_fast import BalNoisedTopK, LinearHead, SampledCrossEntropy
 
 HIDDEN, BATCH, K, N_SAMPLE = 256, 256, 5, 16
 LOGIT_ROWS = 64  # test rows, drawn at random, whose logits are saved on request
-TEST_SHARE = 4  # every fourth row of a species is a test row; a species with fewer has none
+TEST_SHARE = 4  # every fourth gene of a species is a test gene; a species with fewer has none
 LOSSES = ("cross-entropy", "sampled", "topk")
 # Of the hidden layer and of the classifier. By hand, for the best top-5 on validation rows (--validation), from ten
 # settings or more of each loss: the same are best for all three. So was epsilon of the top-K loss.
@@ -64,11 +64,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def split(target: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows for training and for the test; every fourth row of a species, in random order, is a test row."""
-    order, rank = shuffle_within_classes(target, seed)
-    chosen = rank % TEST_SHARE == TEST_SHARE - 1
-    return torch.from_numpy(order[~chosen]), torch.from_numpy(order[chosen])
+def split(target: np.ndarray, gene: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows for training and for the test; every fourth gene of a species, in random order, is a test gene.
+
+    All rows of a test gene, which may belong to several species, are test rows, except those of species without a
+    training row.
+    """
+    species_of, genes = np.unique(np.stack([target, gene]), axis=1)
+    order, rank = shuffle_within_classes(species_of, seed)
+    tested = np.isin(gene, genes[order[rank % TEST_SHARE == TEST_SHARE - 1]])
+    known = np.isin(target, target[~tested])
+    return torch.from_numpy(np.flatnonzero(~tested)), torch.from_numpy(np.flatnonzero(tested & known))
 
 
 def features(data: Dataset, rows: Tensor) -> Tensor:
@@ -135,9 +141,9 @@ def compare(args: argparse.Namespace, group=None) -> dict:
     """Trains under each of `args.losses` and measures; prints what the data are and one line a loss."""
     talks = group is None or group.rank() == 0
     data = species.load(args.cache, whole=True)
-    train_rows, test_rows = split(data.target, 0)
+    train_rows, test_rows = split(data.target, data.group, 0)
     if args.validation:
-        inner = split(data.target[train_rows.numpy()], 1)
+        inner = split(data.target[train_rows.numpy()], data.group[train_rows.numpy()], 1)
         train_rows, test_rows = (train_rows[part] for part in inner)
     count = torch.from_numpy(data.target).bincount()
     facts = {"rows": len(data.target), "classes": len(data.classes), "test rows": len(test_rows)}

@@ -12,7 +12,8 @@ SHOTS = {"few": "few-shot", "medium": "medium-shot", "many": "many-shot"}
 METRICS = ("top-1", "top-5", "top-20", "macro top-5")
 IN_README = (
     *("cross-entropy", "sampled, B = 16", "{1, 5} softplus", "balanced noised top-5"),
-    *("logit-adjusted", "sampled, B = 16, offset", "{1, 5} softplus, offset", "LDAM", "imbalanced noised top-5"),
+    *("logit-adjusted", "logit-adjusted, cosine", "sampled, B = 16, offset", "{1, 5} softplus, offset", "LDAM"),
+    "imbalanced noised top-5",
 )
 SETS_IN_README = ("features", "kanji", "species", "long-tailed glyphs")
 SETTINGS = {"eps": "eps of AdamW", "n_sample": "B", "k": "K", "ranks": "Ks", "length": "length of rows at the start"}

@@ -366,8 +366,8 @@ def test_what_did_not_fit_stands_in_the_linear_table(monkeypatch):
 
 def make_case(group, length, times, **more):
     ms = {name: {"median": value} for name, value in times.items()}
-    case = {"group": group, "N": 2, "L": length, "n_sample": 5, "epsilon": 1.0, "ms": ms, "left_out": {}}
-    return case | more
+    case = {"group": group, "N": 2, "L": length, "scores": "normal", "k": 5, "n_sample": 5, "epsilon": 1.0}
+    return case | {"ms": ms, "left_out": {}} | more
 
 
 def test_columns_without_figures_are_left_out(monkeypatch):
@@ -376,7 +376,7 @@ def test_columns_without_figures_are_left_out(monkeypatch):
     report = {"cases": [make_case("goals", n, times) for n in (1000, 10_000, 50_000)], "environment": ENVIRONMENT}
     monkeypatch.setattr(tables, "result", lambda name: report)
     _, _, first, second, *_ = tables.speed_table().splitlines()
-    assert first == "| loss on logits, N, L = 2, 50000 | 2 ms (1) | - | 1 ms (0.5) | 400 ms (200) |"
+    assert first == "| loss on logits, N, L = 2, 50000 | 2 ms (1) | - | 1 ms (0.50) | 400 ms (200) |"
     assert second.startswith("| loss on logits, N, L = 2, 10000 |")
 
 
@@ -384,7 +384,7 @@ def test_instruction_sets_stand_together(monkeypatch):
     cases = [make_case(name, n, {"topk_fast": t}) for name, t in (("avx512", 1.0), ("avx2", 2.0)) for n in (9, 99)]
     monkeypatch.setattr(tables, "result", lambda name: {"cases": cases, "environment": ENVIRONMENT})
     rows = tables.instructions_table().splitlines()
-    assert rows[0] == "| N, L | instructions | topk_fast |"
+    assert rows[0] == "| N, L | instructions | balanced noised top-K |"
     assert rows[2:4] == ["| 2, 99 | avx512 | 1 ms |", "| 2, 99 | avx2 | 2 ms |"]
 
 
