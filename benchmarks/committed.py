@@ -68,8 +68,12 @@ def show(head: list[str], rows: list[list[str]], note: str, report: dict) -> str
 
 def time_and_ratio(case: dict, name: str) -> str:
     """A time, in brackets its ratio to cross-entropy where that was measured."""
-    text = f"{ms(median(case, name))} ms"
     if "cross-entropy" not in case["ms"]:
-        return text
-    ratio = median(case, name) / median(case, "cross-entropy")
-    return f"{text} ({ratio:{'.2g' if ratio < 100 else '.0f'}})"
+        return f"{ms(median(case, name))} ms"
+    return ratio_to(median(case, name), median(case, "cross-entropy"))
+
+
+def ratio_to(time: float, base: float) -> str:
+    """A time, in brackets its ratio to another one."""
+    ratio = time / base
+    return f"{ms(time)} ms ({ratio:{'.2g' if ratio < 100 else '.0f'}})"

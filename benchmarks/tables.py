@@ -13,7 +13,19 @@ from statistics import mean, stdev
 from statistics import median as median_of
 
 from benchmarks import ROOT
-from benchmarks.committed import bias_is_seen, grid, median, ms, result, show, time_and_ratio, title, where, with_ratio
+from benchmarks.committed import (
+    bias_is_seen,
+    grid,
+    median,
+    ms,
+    ratio_to,
+    result,
+    show,
+    time_and_ratio,
+    title,
+    where,
+    with_ratio,
+)
 from benchmarks.linear import CANDIDATES, PLAIN, SAMPLED, TOPK
 from benchmarks.peers import PEERS
 from benchmarks.study.tables import TABLES as STUDY
@@ -66,12 +78,10 @@ def speed_table() -> str:
             row.append(f"{ms(time)} ms ({shares[0]:.2f}), {peak / 2**20:.0f} MiB ({shares[1]:.2f})")
         rows.append([*row, "-"])
     for n, length in dict.fromkeys((c["N"], c["L"]) for c in cases_of(report, "goals") if c["L"] >= 10_000):
-        plain, *others = (times_of(report, n, length, name) for name in LOSSES_IN_README)
-        base, row = median_of(plain), [f"loss on logits, N, L = {n}, {length}", f"{ms(median_of(plain))} ms (1)"]
-        for ratio, time in ((median_of(t) / base, median_of(t)) if t else (0, 0) for t in others):
-            digits = ".2f" if ratio < 1 else ".2g" if ratio < 100 else ".0f"
-            row.append(f"{ms(time)} ms ({ratio:{digits}})" if time else "-")
-        rows.append(row)
+        found = [times_of(report, n, length, name) for name in LOSSES_IN_README]
+        plain = found[0]
+        cells = [ratio_to(median_of(times), median_of(plain)) if times else "-" for times in found]
+        rows.append([f"loss on logits, N, L = {n}, {length}", *cells])
         ranges.append(f"{ms(min(plain))} to {ms(max(plain))} ms at L = {length}")
     note = (
         "Forward + backward on N(0, 1) scores or features, epsilon = 1, and the peak of extra memory; in brackets the "

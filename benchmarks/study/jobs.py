@@ -16,11 +16,12 @@ from examples.training import fit_best_epoch
 
 SEEDS = (1, 2, 3, 4, 5)
 TRIAL_SEED = 0
+SECOND_TRIALS = 6
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a data set is studied: each loss has `trials` trials per optimizer and `second` ones around the best of them,
+    """How a data set is studied: each loss has `trials` trials per optimizer and SECOND_TRIALS around the best of them,
     and the best of all is run again under SEEDS.
     """
 
@@ -30,7 +31,6 @@ class Plan:
     losses: Sequence[str]
     keep_by: str = "macro top-5"  # chooses the epoch of a run and the settings of a loss, on the validation rows
     optimizers: Sequence[str] = ("AdamW",)
-    second: int = 6
 
 
 # The smooth top-K SVM takes seven times as long as the others, and is tried once. Where classes are equally frequent a
@@ -86,12 +86,12 @@ def settings_of(loss: str, data: str, optimizer: str) -> list[dict]:
     return [a | b | c for a, b, c in zip(common, third, own)]
 
 
-def settings_near(best: dict, loss: str, trials: int) -> list[dict]:
+def settings_near(best: dict, loss: str) -> list[dict]:
     """The settings of the second trials: the learning rate and weight decay lie within a factor of two of the best
     first trial's, also beyond the bounds of the first ones, the loss's own settings anywhere, and all else is the same.
     """
     near = {name: (best[name] / 2, best[name] * 2) for name in OPTIMIZER}
-    common, own = (draw_points(box, trials, TRIAL_SEED + i) for i, box in ((2, near), (3, LOSSES[loss].space)))
+    common, own = (draw_points(box, SECOND_TRIALS, TRIAL_SEED + i) for i, box in ((2, near), (3, LOSSES[loss].space)))
     return [best | a | b for a, b in zip(common, own)]
 
 
@@ -129,7 +129,7 @@ def jobs(data: str, done: list[dict]) -> list[dict]:
     trials = first_trials(data, plan.optimizers)
     both = {
         loss: trials[loss]
-        + [job_of("second trial", data, loss, point, TRIAL_SEED) for point in settings_near(best, loss, plan.second)]
+        + [job_of("second trial", data, loss, point, TRIAL_SEED) for point in settings_near(best, loss)]
         for loss, best in best_settings(data, trials, done).items()
     }
     chosen = best_settings(data, both, done)

@@ -376,7 +376,7 @@ def test_columns_without_figures_are_left_out(monkeypatch):
     report = {"cases": [make_case("goals", n, times) for n in (1000, 10_000, 50_000)], "environment": ENVIRONMENT}
     monkeypatch.setattr(tables, "result", lambda name: report)
     _, _, first, second, *_ = tables.speed_table().splitlines()
-    assert first == "| loss on logits, N, L = 2, 50000 | 2 ms (1) | - | 1 ms (0.50) | 400 ms (200) |"
+    assert first == "| loss on logits, N, L = 2, 50000 | 2 ms (1) | - | 1 ms (0.5) | 400 ms (200) |"
     assert second.startswith("| loss on logits, N, L = 2, 10000 |")
 
 

@@ -163,7 +163,7 @@ def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     assert jobs.left_of(jobs.jobs("features", done[:3]), done[:3]) == first[3:]
     done += done[:5] + [done[0] | {"epochs": 1}]  # repeated, and of an older plan
     second = jobs.left_of(jobs.jobs("features", done), done)
-    assert {job["stage"] for job in second} == {"second trial"} and len(second) == len(plan.losses) * plan.second
+    assert {job["stage"] for job in second} == {"second trial"} and len(second) == len(plan.losses) * jobs.SECOND_TRIALS
     best = {trial["loss"]: trial["settings"] for trial in first}  # the last trial of a loss is its best here
     for job in second:
         settings, around, space = job["settings"], best[job["loss"]], LOSSES[job["loss"]].space
