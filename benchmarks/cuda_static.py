@@ -13,26 +13,16 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.model.sass import readable, tool
+from benchmarks.model.sass import FLAGS, SOURCE, readable, run, tool
 from examples.machine import stamp
 from examples.report import table, write
 
-SOURCE, RESULT = ROOT / "csrc" / "cuda" / "kernels.cu", RESULTS / "cuda_static.json"
-FLAGS = ["-O3", "-std=c++17", "--fmad=false", f"-I{ROOT / 'csrc'}"]
-TARGETS = ("sm_75", "sm_80", "sm_90")
-
-
-def run(*command) -> str:
-    """What a command prints, its messages too."""
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
-    return done.stdout + done.stderr
+RESULT = RESULTS / "cuda_static.json"
+TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 
 
 def forbidden_in(ptx: str) -> list[str]:
@@ -41,19 +31,26 @@ def forbidden_in(ptx: str) -> list[str]:
     return sorted(set(re.findall(pattern, ptx)))
 
 
-def counts_of(ops: list[str]) -> dict[str, int]:
-    return {
-        "instructions": len(ops),
-        "loads_of_16_bytes": sum(bool(re.match(r"LDG?\.E.*\.128", op)) for op in ops),
-        "stores_of_16_bytes": sum(bool(re.match(r"STG?\.E.*\.128", op)) for op in ops),
-    }
-
-
-def machine_code(cubin: Path) -> dict[str, list[str]]:
-    """Instructions of each kernel, by its mangled name."""
-    parts = re.split(r"^//-+ \.text\.", run(tool("nvdisasm"), "-c", cubin), flags=re.M)[1:]
+def facts_of(cubin: Path, ptx: str) -> dict[str, dict]:
+    """What was compiled, by the kernels' names in it."""
+    usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", run(tool("cuobjdump"), "-res-usage", cubin)))
+    forbidden = {part.split("(")[0]: forbidden_in(part) for part in ptx.split(".entry ")[1:]}
     instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][\w.]+)", re.M)
-    return {part.split(None, 1)[0]: instruction.findall(part) for part in parts}
+    found = {}
+    for part in re.split(r"^//-+ \.text\.", run(tool("nvdisasm"), "-c", cubin), flags=re.M)[1:]:
+        name, ops = part.split(None, 1)[0], instruction.findall(part)
+        used = dict(re.findall(r"(\w+):(\d+)", usage[name]))
+        count = lambda pattern, ops=ops: sum(bool(re.match(pattern, op)) for op in ops)  # noqa: E731
+        found[name] = {
+            "registers": int(used["REG"]),
+            "stack_bytes": int(used["STACK"]),
+            "spill_loads_and_stores": count(r"LDL|STL"),
+            "instructions": len(ops),
+            "loads_of_16_bytes": count(r"LDG?\.E.*\.128"),
+            "stores_of_16_bytes": count(r"STG?\.E.*\.128"),
+            "forbidden": forbidden[name],
+        }
+    return found
 
 
 def short(name: str) -> str:
@@ -65,25 +62,11 @@ def short(name: str) -> str:
 def kernels(target: str, folder: Path) -> list[dict]:
     """Facts of every kernel of the source on one architecture."""
     cubin, ptx = folder / f"{target}.cubin", folder / f"{target}.ptx"
-    run("nvcc", f"-arch={target}", *FLAGS, "-ptx", "-o", ptx, SOURCE)
-    log = run("nvcc", f"-arch={target}", "-O3", "-Xptxas", "-v", "-cubin", "-o", cubin, ptx)
-    forbidden = {part.split("(")[0]: forbidden_in(part) for part in ptx.read_text().split(".entry ")[1:]}
-    code, out = machine_code(cubin), []
-    for part in re.split(r"Compiling entry function '", log)[1:]:
-        number = lambda pattern, part=part: int(re.search(pattern, part).group(1))  # noqa: E731
-        mangled = part.split("'")[0]
-        out.append(
-            {
-                "target": target,
-                "kernel": short(readable([mangled])[0]),
-                "registers": number(r"Used (\d+) registers"),
-                "stack_bytes": number(r"(\d+) bytes stack frame"),
-                "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-                **counts_of(code[mangled]),
-                "forbidden": forbidden[mangled],
-            }
-        )
-    return out
+    run("nvcc", f"-arch={target}", *FLAGS, f"-I{ROOT / 'csrc'}", "-ptx", "-o", ptx, SOURCE)
+    run("nvcc", f"-arch={target}", "-O3", "-cubin", "-o", cubin, ptx)
+    found = facts_of(cubin, ptx.read_text())
+    names = map(short, readable(list(found)))
+    return [{"target": target, "kernel": name} | facts for name, facts in zip(names, found.values())]
 
 
 def main():

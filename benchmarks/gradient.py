@@ -10,14 +10,12 @@ calibrated model is a draw from p as well: it gives p - e_y, the gradient of cro
 samples then add 1 / B of the label's own variance; with labels of data that is the mean of |p - e_y|^2.
 
     python -m benchmarks.gradient                       # results/gradient.json, and times in gradient_cpu.json
-    python -m benchmarks.gradient --no-times            # results/gradient.json, which needs no idle machine
-    python -m benchmarks.gradient --logits a.pt b.pt    # measures sampling on the logits of other models
+    python -m benchmarks.gradient --logits a.pt b.pt    # measures sampling on the logits of your models; prints only
     python -m benchmarks.gradient --quick               # fewer samples; prints only
 """
 
 import itertools
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,34 +135,6 @@ def measure_models(files: list[Path], rows: int, draws: int) -> list[dict]:
     return found
 
 
-def compare_differences(length: int = 300, n: int = 12) -> list[dict]:
-    """The largest differences of analytic and central-difference gradients in float64, with a fixed seed, by case."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(n, length, generator=generator, dtype=torch.double)
-    target = torch.randint(length, (n,), generator=generator)
-    margins = 0.3 * torch.rand(length, generator=generator)
-    out, h = [], 1e-6
-    options = [*itertools.product(("balanced", "imbalanced"), (1, 5), (3, 10), (0.0, 0.3, 3.0), ("thinned", "dense"))]
-    options += itertools.product(("sampled cross-entropy",), (0,), (3, 16), (1.0,), ("thinned", "dense"))
-    for kind, k, n_sample, epsilon, sampler in options:
-        common = dict(target=target, n_sample=n_sample, seed=3, reduction="none", sampler=sampler)
-        top = dict(k=k, epsilon=epsilon)
-        loss = {
-            "balanced": partial(functional.bal_noised_topk_loss, **top, **common),
-            "imbalanced": partial(functional.imbal_noised_topk_loss, margins=margins, scale=10.0, **top, **common),
-            "sampled cross-entropy": partial(functional.sampled_cross_entropy, **common),
-        }[kind]
-        leaf = scores.clone().requires_grad_()
-        analytic = torch.autograd.grad(loss(leaf).sum(), leaf)[0]
-        shifts = h * torch.eye(length, dtype=torch.double)
-        numeric = torch.stack([(loss(scores + shift) - loss(scores - shift)) / (2 * h) for shift in shifts], 1)
-        out.append(
-            {"loss": kind, "k": k, "n_sample": n_sample, "epsilon": epsilon, "sampler": sampler, "L": length, "h": h}
-            | {"largest_entry": analytic.abs().max().item(), "largest_error": (analytic - numeric).abs().max().item()}
-        )
-    return out
-
-
 def list_entries(quick: bool) -> list[Entry]:
     """Steps whose times and variances are compared."""
     out = []
@@ -186,30 +156,30 @@ def measure_variance(name: str, case: Case, device: str) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.make_parser(__doc__)
-    parser.add_argument("--no-times", action="store_true", help="the statistics only")
-    parser.add_argument("--logits", type=Path, nargs="*", default=[SPECIES], help="saved logits; default %(default)s")
+    parser.add_argument("--logits", type=Path, nargs="+", help="measure sampling on saved logits, and nothing else")
     args = parser.parse_args(argv)
-    if missing := [str(file) for file in args.logits if not file.exists()]:
+    if missing := [str(file) for file in args.logits or [SPECIES] if not file.exists()]:
         parser.error(f"{', '.join(missing)} is missing; {SPECIES.name} is made with: {SPECIES_COMMAND}")
+    if args.logits:
+        print(json.dumps(measure_models(args.logits, CALIBRATED, DRAWS), indent=1))
+        return
     times, path = harness.begin(args, "gradient_")
     share = 100 if args.quick else 1
     report = {"environment": times["environment"], "k": K, "epsilon": EPSILON, "L": LENGTH}
     report |= {"exact_samples": EXACT // share, "repetitions": REPETITIONS // share}
-    report["gradcheck"] = compare_differences()
     report["quality"] = measure_quality(EXACT // share, REPETITIONS // share)
     report["draws"] = DRAWS // 8 if args.quick else DRAWS
-    report["sampling"] = measure_models(args.logits, CALIBRATED // share, report["draws"])
+    report["sampling"] = measure_models([SPECIES], CALIBRATED // share, report["draws"])
     if args.quick:
         print(json.dumps(report, indent=1))
     else:
         write(RESULTS / "gradient.json", report)
-    if not args.no_times:
-        effort = Effort(3, 0.2) if args.quick else Effort(15, 2.0)
-        harness.measure(list_entries(args.quick), list_candidates(args.device), args.device, effort, times, path)
-        for entry, result in zip(list_entries(args.quick), times["cases"]):
-            result["variance"] = {name: measure_variance(name, entry.case, args.device) for name in result["ms"]}
-        if path is not None:
-            write(path, times)
+    effort = Effort(3, 0.2) if args.quick else Effort(15, 2.0)
+    harness.measure(list_entries(args.quick), list_candidates(args.device), args.device, effort, times, path)
+    for entry, result in zip(list_entries(args.quick), times["cases"]):
+        result["variance"] = {name: measure_variance(name, entry.case, args.device) for name in result["ms"]}
+    if path is not None:
+        write(path, times)
 
 
 if __name__ == "__main__":

@@ -186,11 +186,12 @@ def sample_in_turn(
     for name, passes in candidates.items():
         took = max(sum(time_passes(passes, device, 1, clock)) / 1e3, 1e-9)
         brief, inner = device == "cpu" and took < BRIEF, min(200, min(BRIEF, effort.seconds / effort.repeats) / took)
-        turns = max(FEWEST, min(effort.repeats, effort.seconds / took))
-        plans[name] = turns, brief, max(1, int(inner)) if brief and len(passes) == 1 else 1
+        turns = int(max(FEWEST, min(effort.repeats, effort.seconds / took)))
+        its_turns = {i * effort.repeats // turns for i in range(turns)}  # spread over all
+        plans[name] = its_turns, brief, max(1, int(inner)) if brief and len(passes) == 1 else 1
     for turn in range(effort.repeats):
-        for name, (turns, brief, inner) in plans.items():
-            if turn + 1 <= turns:
+        for name, (its_turns, brief, inner) in plans.items():
+            if turn in its_turns:
                 if brief:
                     time_passes(candidates[name], device, 1, clock)
                 samples[name].append(time_passes(candidates[name], device, inner, clock))
@@ -223,14 +224,6 @@ def describe(result: dict) -> str:
     return "\n".join([f"{result['group']}: {' '.join(facts)}", table(rows, unit=1, digits=3), *left_out])
 
 
-def measure_copy_bandwidth() -> float:
-    """Bytes that a copy of 2 GiB on the GPU reads and writes in a second: the bound of a step's speed."""
-    x = torch.empty(2**29, device="cuda")
-    y = torch.empty_like(x)
-    times = [time_passes([lambda: y.copy_(x)], "cuda")[0] for _ in range(23)]
-    return 2 * x.numel() * 4 / (statistics.median(times[3:]) * 1e-3)
-
-
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,7 +244,6 @@ def begin(args: argparse.Namespace, prefix: str = "") -> tuple[dict, Path | None
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit("--device cuda needs a GPU that torch.cuda sees")
-        report["copy_bytes_per_second"] = measure_copy_bandwidth()
         path = Path(os.environ.get("OUT", ROOT / "out")) / f"{prefix}gpu.json"
     else:
         path = None if args.quick else RESULTS / f"{prefix}cpu.json"

@@ -26,12 +26,12 @@ from benchmarks.committed import (
     where,
     with_ratio,
 )
-from benchmarks.linear import CANDIDATES, PLAIN, SAMPLED, TOPK
+from benchmarks.linear import PLAIN, SAMPLED, TOPK
 from benchmarks.peers import PEERS
 from benchmarks.study.tables import TABLES as STUDY
 
 IMAGES = ROOT / "docs" / "img"
-PAGES = ("README.md", "docs/choosing.md", "docs/performance.md", "docs/study.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/design.md", "docs/performance.md", "docs/study.md")
 LOSSES = ("cross-entropy", "topk_fast", "sampled cross-entropy", "pytopk")
 LOSSES_IN_README = ("cross-entropy", "sampled cross-entropy", "topk_fast", "pytopk")
 # Of the sampled cross-entropy's time and memory to PLAIN, at L = 100 000; with sparse_grad the second of each.
@@ -150,7 +150,7 @@ def linear_table() -> str:
     for case in cases_of(report, "linear"):
         plain, plain_bytes = case["ms"][PLAIN]["both"]["median"], case["peak_bytes"][PLAIN]
         first = "{N}, {D}, {L}".format(**case)
-        for name, parts in ((name, parts) for name, parts in case["ms"].items() if name in CANDIDATES):
+        for name, parts in case["ms"].items():
             t, peak = {part: value["median"] for part, value in parts.items()}, case["peak_bytes"][name]
             row = [first, name, f"{t['forward']:.0f} ms", f"{t['backward']:.0f} ms"]
             row += [f"{t['both']:.0f} ms ({t['both'] / plain:.2f})", f"{t['optimizer']:.1f} ms"]
@@ -181,8 +181,8 @@ def head_table() -> str:
         "optimizers; 256 features. Cross-entropy has a dense gradient and Adam, the others a row-sparse gradient of "
         "the weight and SparseAdam. Memory is what a step takes at its peak beyond what weights, optimizers' state and "
         f"data hold (commit {memory['environment']['commit']}). Accuracy in percent of {report['test rows']} test "
-        "rows, which are of species with four genes or more; one seed, one run of each loss, and settings that were "
-        "chosen by hand on validation rows. In brackets the ratio to the first."
+        "rows, which are of species with four genes or more; one seed, one run of each loss, ten steps in turn, and "
+        "settings that were chosen by hand on validation rows. In brackets the ratio to the first."
     )
     head = ["", "time a step", "CPU time a step", "memory of a step", "top-1", "top-5", "top-10"]
     return show(head, rows, note, report)
@@ -207,14 +207,11 @@ def gradient_table() -> str:
     for a in dict.fromkeys(q["activation"] for q in report["quality"]):
         head += [f"variance, a = {abs(a):.1f}", "bias²"]
     head += [f"step at {n}, {length}" for n, length in shapes]
-    worst = max(g["largest_error"] / g["largest_entry"] for g in report["gradcheck"])
     note = (
         f"Gradient of one row of {report['L']} classes, K = {report['k']}, epsilon = {report['epsilon']:g}: variance "
         "summed over the classes, squared length of the bias (where above two standard errors), from "
         f"{report['repetitions']} repetitions against {report['exact_samples']} samples; a is the mean of the hinge's "
-        "argument. Steps of topk_fast, in brackets how many times longer pytopk's take at the same B. Central "
-        f"differences in float64 agree with the gradient to {worst:.0e} of its largest entry in "
-        f"{len(report['gradcheck'])} cases, with both samplers. "
+        "argument. Steps of topk_fast, in brackets how many times longer pytopk's take at the same B. "
     )
     machines = f"Variance and bias: {where(report['environment'])} Steps: {where(times['environment'])}"
     return grid(head, rows) + "\n\n" + note + machines
@@ -285,6 +282,37 @@ def model_table() -> str:
     return grid(head, [[*row, *(times[column] for column in columns)] for row, times in rows.items()]) + "\n\n" + note
 
 
+def triton_table() -> str:
+    """Registers, spills and instructions of the Triton kernel that searches, for one of the targets."""
+    report = result("triton_static")
+    rows = [
+        [
+            f"{c['n_rows']}, {c['n_classes']}",
+            c["dtype"].removeprefix("torch."),
+            c["law"] + ", dense" * (c["sampler"] == "dense"),
+            c["ranks"].strip("(,)"),
+            c["n_sample"],
+            *(str(c[name]) for name in ("registers", "spill_loads_and_stores", "instructions")),
+        ]
+        for c in report["kernels"]
+        if (c["target"], c["kernel"]) == ("sm_90", "search_kernel")
+    ]
+    head = ["N, L", "dtype", "law", "ranks", "B", "registers", "spills", "instructions"]
+    return grid(head, rows) + "\n\n" + _counted("The search, compiled for sm_90.", report)
+
+
+def triton_variants_table() -> str:
+    """How many kernels Triton compiles as something varies."""
+    report = result("triton_static")
+    rows = [[what, str(count)] for what, count in report["variants"].items()]
+    return grid(["what varies", "kernels"], rows) + "\n\n" + _counted("The gradient included.", report)
+
+
+def _counted(note: str, report: dict) -> str:
+    about = report["environment"]
+    return f"{note} Triton {about['triton']}, commit {about['commit']}, {about['date'][:10]}."
+
+
 TABLES = {
     "speed": speed_table,
     "goals": goals_table,
@@ -297,6 +325,8 @@ TABLES = {
     "sampling": sampling_table,
     "language model": language_table,
     "model": model_table,
+    "triton": triton_table,
+    "triton variants": triton_variants_table,
     **STUDY,
 }
 MARK = re.compile(r"<!-- ([a-z -]+) table -->\n(.*?)<!-- end -->", re.DOTALL)

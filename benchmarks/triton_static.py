@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import MagicMock, patch
 
@@ -25,8 +26,7 @@ from topk_fast.triton_kernels import collect, gradient, launch, layout, search
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import RESULTS
-from benchmarks.cuda_static import counts_of, forbidden_in, machine_code, run
-from benchmarks.model.sass import tool
+from benchmarks.cuda_static import facts_of
 from examples.machine import stamp
 from examples.report import write
 
@@ -173,15 +173,8 @@ def facts(kernel) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = run(tool("cuobjdump"), "-res-usage", file.name)
-        (ops,) = machine_code(file.name).values()
-    return out | {
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "stack_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "spill_loads_and_stores": sum(op.startswith(("LDL", "STL")) for op in ops),
-        **counts_of(ops),
-        "forbidden": forbidden_in(kernel.asm["ptx"]),
-    }
+        (own,) = facts_of(Path(file.name), kernel.asm["ptx"]).values()
+    return out | own
 
 
 def main():

@@ -35,6 +35,7 @@ HIDDEN, BATCH, K, N_SAMPLE = 256, 256, 5, 16
 LOGIT_ROWS = 64  # test rows, drawn at random, whose logits are saved on request
 TEST_SHARE = 4  # every fourth gene of a species is a test gene; a species with fewer has none
 LOSSES = ("cross-entropy", "sampled", "topk")
+IN_A_ROW = 10  # steps of a loss, before the next one has its turn: their times share what else the machine does
 # Of the hidden layer and of the classifier. By hand, for the best top-5 on validation rows (--validation), from ten
 # settings or more of each loss: the same are best for all three. So was epsilon of the top-K loss.
 LEARNING_RATES = (5e-5, 1e-2)
@@ -91,34 +92,54 @@ def make_head(name: str, n_classes: int, args: argparse.Namespace, group) -> nn.
     return LinearHead(HIDDEN, n_classes, criterion, bias=False, sparse_grad=True, process_group=group)
 
 
-def train(name: str, data: Dataset, rows: Tensor, args: argparse.Namespace, group) -> tuple[nn.Module, nn.Module, dict]:
-    """The trained hidden layer and classifier, and the losses, memory and times of the steps."""
-    torch.manual_seed(args.seed)
-    hidden = nn.Sequential(nn.Linear(data.inputs.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.5))
-    head, (lr, lr_head) = make_head(name, len(data.classes), args, group), args.lr
-    adam = torch.optim.Adam if name == "cross-entropy" else torch.optim.SparseAdam
-    optimizers = [torch.optim.AdamW(hidden.parameters(), lr), adam(head.parameters(), lr_head)]
-    target = torch.from_numpy(data.target)
+class Training:
+    """A hidden layer and a classifier under one of the losses, and the losses, memory and times of their steps.
 
-    def loss_of(numbers: Tensor) -> Tensor:
-        batch = rows[numbers]
-        return head(hidden(features(data, batch)), target[batch])
+    With one seed all losses have the same first weights and the same batches.
+    """
 
-    steps, losses = take_steps(loss_of, len(rows), BATCH, optimizers), []
-    losses.append(next(steps))  # which makes the optimizers' state
-    found = {"losses": losses, "MiB a step": measure_peak(lambda: losses.append(next(steps))) / 2**20}
-    if args.memory_only:
-        return hidden, head, found
-    n_steps = args.epochs * -(-len(rows) // BATCH) - len(losses)
-    start, spent = time.perf_counter(), time.process_time()
-    quiet = True if group is not None and group.rank() > 0 else None  # None: where the output is no terminal
-    with tqdm(islice(steps, n_steps), name, n_steps, unit="step", disable=quiet) as bar:
-        for loss in bar:
-            losses.append(loss)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    found["ms a step"] = 1e3 * (time.perf_counter() - start) / n_steps
-    found["CPU ms a step"] = 1e3 * (time.process_time() - spent) / n_steps
-    return hidden.eval(), head, found
+    def __init__(self, name: str, data: Dataset, rows: Tensor, args: argparse.Namespace, group):
+        torch.manual_seed(args.seed)
+        self.hidden = nn.Sequential(nn.Linear(data.inputs.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.5))
+        self.head = make_head(name, len(data.classes), args, group)
+        lr, lr_head = args.lr
+        adam = torch.optim.Adam if name == "cross-entropy" else torch.optim.SparseAdam
+        optimizers = [torch.optim.AdamW(self.hidden.parameters(), lr), adam(self.head.parameters(), lr_head)]
+        target = torch.from_numpy(data.target)
+
+        def loss_of(numbers: Tensor) -> Tensor:
+            batch = rows[numbers]
+            return self.head(self.hidden(features(data, batch)), target[batch])
+
+        order = torch.Generator().manual_seed(args.seed)
+        self.steps = take_steps(loss_of, len(rows), BATCH, optimizers, order)
+        self.losses, self.seconds, self.cpu_seconds = [next(self.steps)], 0.0, 0.0  # makes the optimizers' state
+        self.peak = measure_peak(lambda: self.losses.append(next(self.steps)))
+
+    def take(self, n_steps: int) -> None:
+        """Some steps, which are timed."""
+        start, spent = time.perf_counter(), time.process_time()
+        self.losses += islice(self.steps, n_steps)
+        self.seconds += time.perf_counter() - start
+        self.cpu_seconds += time.process_time() - spent
+
+    def costs(self) -> dict[str, float]:
+        """What a step takes; times where any were timed."""
+        found, timed = {"MiB a step": self.peak / 2**20}, len(self.losses) - 2
+        if timed:
+            found |= {"ms a step": 1e3 * self.seconds / timed, "CPU ms a step": 1e3 * self.cpu_seconds / timed}
+        return found
+
+
+def train(trainings: dict[str, Training], n_steps: int, quiet: bool | None) -> None:
+    """Trains all until each has taken ``n_steps``, some steps of one after some of the other."""
+    with tqdm(total=n_steps * len(trainings), unit="step", disable=quiet) as bar:
+        while left := [(name, t) for name, t in trainings.items() if len(t.losses) < n_steps]:
+            for name, training in left:
+                n = min(IN_A_ROW, n_steps - len(training.losses))
+                training.take(n)
+                bar.update(n)
+                bar.set_postfix({name: f"{training.losses[-1]:.3f}"}, refresh=False)
 
 
 @torch.no_grad()
@@ -154,8 +175,13 @@ def compare(args: argparse.Namespace, group=None) -> dict:
             f"{facts['test rows']:,} test rows"
         )
     result = facts | {"processes": 1 if group is None else group.size(), "losses": {}}
-    for name in args.losses:
-        hidden, head, found = train(name, data, train_rows, args, group)
+    trainings = {name: Training(name, data, train_rows, args, group) for name in args.losses}
+    if not args.memory_only:
+        # None: a bar where the output is a terminal
+        train(trainings, args.epochs * -(-len(train_rows) // BATCH), None if talks else True)
+    for name, training in trainings.items():
+        hidden, head = training.hidden.eval(), training.head
+        found = {"losses": training.losses} | training.costs()
         if not args.memory_only:
             found |= accuracy(hidden, head, data, test_rows)
         result["losses"][name] = found
@@ -164,7 +190,6 @@ def compare(args: argparse.Namespace, group=None) -> dict:
         if args.save_logits and name == "cross-entropy":
             drawn = torch.randperm(len(test_rows), generator=torch.Generator().manual_seed(0))[:LOGIT_ROWS]
             save_logits(args.save_logits, hidden, head, data, test_rows[drawn])
-        del hidden, head
     return result
 
 

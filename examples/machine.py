@@ -76,7 +76,7 @@ def measure_peak(step: Callable[[], object], device: str = "cpu") -> int:
         trace = Path(folder, "trace.json")
         profiled.export_chrome_trace(str(trace))
         events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
+    return max(accumulate((e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])), initial=0))
 
 
 class PeakMemory:

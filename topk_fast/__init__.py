@@ -1,6 +1,6 @@
 """Fast losses for classifiers with many classes: noised top-K and sampled cross-entropy.
 
-The same seed gives the same bits on every backend.
+The same seed gives the same excesses and classes on every backend, bit for bit.
 
 >>> import torch
 >>> from topk_fast import LinearHead, SampledCrossEntropy

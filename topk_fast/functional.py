@@ -68,7 +68,7 @@ def noised_topk(
         generator: source of the seed, on input's device; None is torch's default one.
         sampler: "thinned" draws noise only for entries that can matter, "dense" for all of them; both are exact and
             differ in their noise. "auto" is "thinned".
-        backend: "auto", "cpp", "torch", "triton" or "cuda"; same seed, same bits in all.
+        backend: "auto", "cpp", "torch", "triton" or "cuda"; the same seed gives the same bits in all.
 
     Returns:
         Tensor of input's shape without ``dim``, and with a last dimension for the ranks if ``k`` is a sequence; float64

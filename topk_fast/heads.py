@@ -119,7 +119,7 @@ class LinearHead(Module):
 
         .. math:: hit_K(x, y) = [\,y \text{ is one of the } K \text{ classes with the largest } s_j\,]
 
-        The hits rank the clean logits, as :meth:`topk` does, in the walk over the classes that finds the loss: there is
+        The hits rank the clean logits, as :meth:`topk` does, in the pass over the classes that finds the loss: there is
         no second matmul, and the loss keeps its bits.
 
         Args:

@@ -2,7 +2,7 @@ r"""Linear layer and loss in one, for so many classes that logits [N, L] would n
 
 .. math:: s = x W^T + b, \qquad \ell(x, y) = \text{the loss of } s \text{ and } y
 
-Their door is ``linear_losses.py``; the walk over the classes and the gradient are in ``linear_op.py``.
+Their door is ``linear_losses.py``; the pass over the classes and the gradient are in ``linear_op.py``.
 """
 
 from collections.abc import Sequence
@@ -64,9 +64,10 @@ def linear_noised_topk_loss(
         linear_bias: [L].
         normalize: cosine logits: rows of input and of linear_weight are divided by their lengths, as in
             :class:`topk_fast.NormedLinear`.
-        chunk_size: classes walked at a time, 1 to L; None takes as many as fit 16 MiB (256 MiB on a GPU) of logits
-            for up to 1024 rows. Where that is all of them the loss equals the unfused one bit for bit, if its logits
-            do; with ``sampler="dense"`` it does for any chunk size, and with the thinned one in distribution.
+        chunk_size: classes whose logits are held at a time, 1 to L; None takes as many as fit 16 MiB (256 MiB on a
+            GPU) of logits for up to 1024 rows. Where that is all of them the loss equals the unfused one bit for bit,
+            if its logits do; with ``sampler="dense"`` it does for any chunk size, and with the thinned one in
+            distribution.
         sparse_grad: the weight's gradient as a coalesced row-sparse tensor of the at most N * (B * M + 1) rows that are
             not zero, for M ranks; the bias's likewise. :class:`torch.optim.SparseAdam`, :class:`torch.optim.Adagrad`,
             :class:`torch.optim.SGD` and :func:`topk_fast.clip_grad_norm_` take them. Then weight and bias must be

@@ -93,7 +93,7 @@ def sgd_table() -> str:
 
 
 def ablation_table() -> str:
-    """Each setting varied by itself around the settings that validation chose."""
+    """Each setting varied by itself around the best first trial with AdamW."""
     report = result("study")
     rows, seeds = [], 0
     for loss, keys in ABLATIONS.items():
@@ -106,7 +106,7 @@ def ablation_table() -> str:
                     name = value if isinstance(value, list) else f"{value:g}"
                     cells = ("{:.1f} ± {:.1f}".format(*spread(own, metric)) for metric in (*METRICS, "few"))
                     rows.append([loss, f"{SETTINGS.get(key, key)} = {name}", *cells])
-    note = f"{ABLATED}, {seeds} seeds, percent of the validation rows; all else as validation chose it."
+    note = f"{ABLATED}, {seeds} seeds, percent of the validation rows; all else as in the best first trial with AdamW."
     return grid(["loss", "setting", *METRICS, "few-shot"], rows) + f"\n\n{note}"
 
 
