@@ -51,15 +51,25 @@ def depending_on(epsilon: Tensor, excess: Tensor, clean: Tensor) -> Tensor:
     return excess + ((epsilon - epsilon.detach()) * mean).to(excess.dtype)
 
 
+def refuse_batched(grad: Tensor) -> None:
+    """Raises at a batch of incoming gradients, as ``is_grads_batched=True`` makes it."""
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        _refuse_vmap()
+
+
+def _refuse_vmap():
+    raise RuntimeError(
+        "torch.vmap does not batch topk_fast, not even in torch.func.jacrev, jacfwd and hessian: take "
+        'torch.autograd.grad of one output at a time, and gradients of all rows from reduction="none"'
+    )
+
+
 class Derivative(Function):
     """An autograd Function that is differentiated backwards only."""
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        raise RuntimeError(
-            "torch.vmap does not batch topk_fast, not even in torch.func.jacrev, jacfwd and hessian: take "
-            'torch.autograd.grad of one output at a time, and gradients of all rows from reduction="none"'
-        )
+        _refuse_vmap()
 
     @staticmethod
     def jvp(ctx, *tangents):

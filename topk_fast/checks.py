@@ -21,7 +21,9 @@ def check_scores(x, name="input"):
             )
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if torch.jit.is_tracing():
-        raise RuntimeError("torch.jit.trace would record one noise for all calls: use torch.export or torch.compile")
+        raise RuntimeError(
+            "torch.jit.trace would record one noise and one shape for all calls: use torch.export or torch.compile"
+        )
     if torch._C._are_functorch_transforms_active():
         check_unbatched(x, name)
     if x.dtype not in FLOATS:
@@ -148,7 +150,14 @@ def check_top(k, n_classes: int | None, *, least: int = 0, several: bool = True)
         return check_ranks(k, least, 2**31 - 2)
     if n_classes <= least:
         raise ValueError(f"input must have at least {least + 1} class{'es' * least}, got {n_classes}")
-    return check_ranks(k, least, n_classes - 1, "L - 1")
+    return check_ranks(k, least, check_length(n_classes) - 1, "L - 1")
+
+
+def check_length(n_classes):
+    """The number of classes of a search, whose ids are int32 in the kernels."""
+    if n_classes >= 2**31:
+        raise ValueError(f"there must be fewer than 2**31 classes, got {n_classes}")
+    return n_classes
 
 
 def check_labels(labels, n_classes, ignore_index):

@@ -40,7 +40,7 @@ class Criterion(NamedTuple):
     def linked(self, excess: Tensor, labels: Labels) -> Tensor:
         """The links' values, times the scale: [N, M] -> [N, M]."""
         margin = self.margin[labels.known, None] if isinstance(self.margin, Tensor) else self.margin
-        x = excess if isinstance(margin, float) and margin == 0.0 else excess + margin
+        x = excess + margin
         if self.link == "hinge":
             x = x.relu()
         elif self.link == "softplus":

@@ -95,7 +95,7 @@ def noised_topk(
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, got a tensor without dimensions")
     rows = input.movedim(checks.check_dimension(dim, input.dim()), -1)
-    ranks = checks.check_ranks(k, 1, rows.shape[-1], "L")
+    ranks = checks.check_ranks(k, 1, checks.check_length(rows.shape[-1]), "L")
     flat = losses.flatten(rows)
     wanted = noise_checks.check_noise(options, ranks, input.device)
     search = Search(flat, wanted, Labels(None), backends.resolve(backend, flat, wanted.k))
@@ -532,7 +532,7 @@ def noised_topk_candidates(
     checks.check_scores(scores, "scores")
     if scores.dim() != 2:
         raise ValueError(f"scores must be [N, L], got shape {list(scores.shape)}")
-    n_classes = scores.shape[1]
+    n_classes = checks.check_length(scores.shape[1])
     if n_classes == 0:
         raise ValueError("scores must have at least one class, got shape " + str(list(scores.shape)))
     k = checks.check_integer("k", k, 1, 2**31 - 1)

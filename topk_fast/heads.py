@@ -75,7 +75,10 @@ class LinearHead(Module):
         super().__init__()
         self.in_features = checks.check_integer("in_features", in_features, 1, 2**31 - 1)
         self.n_classes = checks.check_integer("n_classes", n_classes, 2, 2**31 - 1)
-        self.criterion = _check_criterion(criterion, self.n_classes)
+        self.criterion = _check_criterion(criterion)
+        checks.check_top(criterion.k, self.n_classes, least=int(criterion.exclude_target))
+        for name, x in criterion.as_request().vectors.items():
+            checks.check_class_vector(name, x, self.n_classes, x.device)
         if chunk_size is not None:
             checks.check_integer("chunk_size", chunk_size, 1, 2**31 - 1)
         self.normalize, self.sparse_grad, self.chunk_size = normalize, sparse_grad, chunk_size
@@ -152,7 +155,7 @@ class LinearHead(Module):
             >>> hits.float().mean(0)  # top-1 and top-2 accuracy
             tensor([0.5000, 1.0000])
         """
-        loss = self.criterion.as_request()
+        loss = _check_criterion(self.criterion).as_request()
         loss = loss._replace(options=loss.options._replace(process_group=self.process_group))
         how = (self.normalize, self.chunk_size, self.sparse_grad, return_hits, self.n_classes)
         linear = Linear(self.weight, self.bias, *how)
@@ -220,20 +223,17 @@ class LinearHead(Module):
         return sharding.copy_with_group(self, memo)
 
 
-def _check_criterion(criterion, n_classes: int) -> Loss:
+def _check_criterion(criterion) -> Loss:
     if not isinstance(criterion, Loss):
         raise TypeError(
             "criterion must be a loss module of topk_fast, such as SampledCrossEntropy(16), got "
             f"{type(criterion).__name__}; other losses take the logits of a torch.nn.Linear"
         )
-    if type(criterion).forward is not Loss.forward:
+    if type(criterion).forward is not Loss.forward or "forward" in vars(criterion):
         raise TypeError(
             f"LinearHead does not call its criterion's forward, which {type(criterion).__name__} overrides: change the "
             "head's loss, or pass the logits of a torch.nn.Linear"
         )
     if criterion.process_group is not None:
         raise ValueError("process_group must be given to LinearHead, got one that its criterion has")
-    checks.check_top(criterion.k, n_classes, least=int(criterion.exclude_target))
-    for name, x in criterion.as_request().vectors.items():
-        checks.check_class_vector(name, x, n_classes, x.device)
     return criterion

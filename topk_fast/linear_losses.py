@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import backends, checks, linear_op, loss_checks, ops, sharding
 from .linear_gradient import unit_rows
-from .losses import shape_ranks, shape_result
+from .losses import flatten, shape_ranks, shape_result
 from .request import Labels, Layer, Linear, LinearSearch, LossRequest
 
 
@@ -97,7 +97,7 @@ def own_classes(linear: Linear, process_group):
 def check_layer(input: Tensor, linear: Linear) -> tuple[Tensor, Layer]:
     """The features as rows [N, D], and the layer as the ops take it."""
     dtype = checks.check_layer(input, linear.weight, linear.bias)
-    rows = input.reshape(-1, input.shape[-1])
+    rows = flatten(input)
     chunk = linear_op.count_chunk(linear.chunk_size, rows, linear.weight, dtype)
     return rows, Layer(bool(linear.normalize), chunk, dtype, bool(linear.sparse_grad))
 

@@ -15,8 +15,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, checks, ops, reference
+from . import autograd, backends, checks, ops, reference
 from .linear_gradient import Spread, prepare
 from .request import LABELS, LAYER, NOISE, Labels, Layer, LinearSearch, Noise, Place, without_noise
 
@@ -156,6 +157,7 @@ def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         raise RuntimeError(
             "a loss with sparse_grad=True has neither a second derivative nor one of torch.func: pass sparse_grad=False"
         )
+    autograd.refuse_batched(grad)
     rows, weight, target, ids = ctx.saved_tensors
     first = 0 if ctx.shards is None else ctx.shards.first_class
     grad = grad.to(reference.arithmetic(ctx.layer.dtype))
@@ -164,7 +166,9 @@ def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     classes, order = classes.sort(dim=1)
     values, place = values.gather(1, order), classes - first
     repeated = F.pad(classes[:, 1:] == classes[:, :-1], (1, 0))  # equal classes have equal values: one is enough
-    active = ~repeated & (place >= 0) & (place < weight.shape[0]) & (values != 0)
+    active = ~repeated & (place >= 0) & (place < weight.shape[0])
+    if not again:  # an entry of 0 has derivatives, too
+        active = active & (values != 0)
     values, place = values.masked_fill(~active, 0), place.masked_fill(~active, 0)
     spread = Spread.apply if again else Spread.forward
     of_rows, of_weight, of_bias = spread(
@@ -254,3 +258,11 @@ ops.define(
     _excess_of,
 )
 ops.register_derivative("linear_excess", _derivative_of)
+
+
+@register_flop_formula(
+    [getattr(torch.ops.topk_fast, f"{op}_{b}") for op in ("linear_candidates", "linear_excess") for b in backends.NAMES]
+)
+def _count_flops(input_shape, weight_shape, *args, out_shape=None, **options) -> int:
+    """Of the matmul, for torch.utils.flop_counter."""
+    return 2 * math.prod(input_shape) * weight_shape[0]

@@ -26,6 +26,11 @@ __all__ = [
 ]
 
 
+# The arguments that may be tensors, and whether a state_dict has them.
+_TENSORS = {"epsilon": False, "seed": False, "margin": True, "weight": True, "offset": True}
+torch.fx.wrap("unit_rows")  # a call of its own in a graph of torch.fx.symbolic_trace, which cannot look into it
+
+
 class _Noised(Module):
     """The part that all modules share: a source of noise, and a repr."""
 
@@ -37,13 +42,21 @@ class _Noised(Module):
         noise_checks.check_source(options.seed, options.generator)
         noise_checks.check_sampler(options.sampler)
         backends.check_name(options.backend)
-        if isinstance(options.epsilon, Tensor) and not isinstance(options.epsilon, Parameter):  # moves with the module
-            self.register_buffer("epsilon", options.epsilon, persistent=False)
-        else:
-            self.epsilon = options.epsilon
-        self.k, self.n_sample, self.noise = k, options.n_sample, options.noise
+        self.epsilon, self.k, self.n_sample, self.noise = options.epsilon, k, options.n_sample, options.noise
         self.generator, self.seed = options.generator, options.seed
         self.sampler, self.backend = options.sampler, options.backend
+
+    def __setattr__(self, name: str, value) -> None:
+        """A tensor among the arguments is a buffer, which moves with the module, also where it replaces a number."""
+        if name in _TENSORS and not isinstance(value, Parameter):
+            self._parameters.pop(name, None)
+            if isinstance(value, Tensor) and name not in self._buffers:
+                self.__dict__.pop(name, None)
+                self.register_buffer(name, value, persistent=_TENSORS[name])
+                return
+            if not isinstance(value, Tensor | None):
+                self._buffers.pop(name, None)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """The arguments that have no default, and all others that are not at theirs."""
@@ -52,12 +65,14 @@ class _Noised(Module):
             type(self).__init__
         ).parameters.items()  # FSDP2 gives its classes a __new__ of any arguments
         for name, argument in arguments:
-            value = getattr(self, name, argument.default)
+            if not hasattr(self, name):  # a subclass may keep its arguments elsewhere
+                continue
+            value = getattr(self, name)
             if name == "cls_num_list":
                 shown.append(f"cls_num_list=<{len(value)} classes>")
             elif isinstance(value, Tensor) and value.dim():
                 shown.append(f"{name}=<{len(value)} classes>")
-            elif argument.default is Argument.empty or isinstance(value, Tensor) or value != argument.default:
+            elif argument.default is Argument.empty or repr(value) != repr(argument.default):
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
 
@@ -129,11 +144,10 @@ class Loss(_Noised):
         loss_checks.check_link(loss.criterion, len(ranks))
         for name, x in loss.vectors.items():
             checks.check_class_vector(name, x, None, getattr(x, "device", None))
+        self.register_buffer("weight", None)
+        self.register_buffer("offset", None)
         for name, value in {**loss.criterion._asdict(), "offset": loss.offset}.items():
-            if isinstance(value, Tensor) or name in ("weight", "offset"):
-                self.register_buffer(name, value)
-            else:
-                setattr(self, name, value)
+            setattr(self, name, value)
 
     def as_request(self) -> LossRequest:
         """The loss's arguments as they are now."""

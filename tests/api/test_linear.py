@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from testing import BACKENDS, NAN
 from topk_fast import BalNoisedTopK, ImbalNoisedTopK, LinearHead, NoisedTopKLoss, NormedLinear, heads, linear_op, ops
@@ -20,6 +21,7 @@ from topk_fast.functional import (
     imbal_noised_topk_loss,
     linear_noised_topk_loss,
     linear_topk,
+    noised_topk_loss,
 )
 from topk_fast.request import Labels, Layer, Noise
 
@@ -276,6 +278,45 @@ def test_gradgradcheck(chunk, kind):
     losses = function(x, weight, bias)
     assert (losses > 0).sum() == 3, "a hinge that is closed has no second derivative to check"
     assert torch.autograd.gradgradcheck(function, (x, weight, bias), atol=1e-7)
+
+
+@every_kind
+def test_derivatives_where_the_incoming_gradient_is_zero(kind):
+    """As in weights of the rows that are learned and start at 0: the loss after a step depends on them."""
+    x, weight, bias, target = layer(torch.float64)
+    found = []
+    for function in (fused, unfused):
+        rows = torch.zeros(N, dtype=torch.float64, requires_grad=True)
+        step = torch.autograd.grad(
+            (rows * function(x, weight, bias, target, kind, reduction="none")).sum(), (x, weight), create_graph=True
+        )
+        after = function(x - step[0], weight - step[1], bias, target, kind)
+        found.append(torch.autograd.grad(after, rows)[0])
+    assert found[1].count_nonzero() > N / 2
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_flops_are_those_of_the_matmul():
+    x, weight, bias, target = layer()
+    with FlopCounterMode(display=False) as counter:
+        fused(x, weight, bias, target, "with a bias").backward()
+    assert counter.get_total_flops() == 2 * x.numel() * len(weight)
+
+
+def test_batches_of_incoming_gradients_say_what_to_do():
+    x, weight, bias, target = layer()
+    losses = fused(x, weight, bias, target, "plain", reduction="none")
+    with pytest.raises(RuntimeError, match="torch.vmap does not batch topk_fast"):
+        torch.autograd.grad(losses, x, torch.eye(N), is_grads_batched=True)
+
+
+def test_features_of_no_length():
+    """As of a torch.nn.Linear: the logits are the bias."""
+    bias = torch.randn(L, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(N)
+    options = {"k": 2, "epsilon": 0.5, "seed": 1}
+    found = linear_noised_topk_loss(torch.ones(N, 0), torch.ones(L, 0), target, linear_bias=bias, **options)
+    assert found == noised_topk_loss(bias.expand(N, L), target, **options)
 
 
 @every_kind

@@ -759,6 +759,51 @@ def test_repr_shows_what_is_not_the_default(make, expected):
     assert repr(make()) == expected
 
 
+def test_repr_of_a_subclass_with_arguments_of_its_own():
+    class Weighted(SampledCrossEntropy):
+        def __init__(self, frequencies, *args, config=None, **others):
+            super().__init__(*args, **others)
+            self.frequencies = frequencies
+
+    assert repr(Weighted(torch.ones(3).numpy(), 4)) == "Weighted(frequencies=array([1., 1., 1.], dtype=float32))"
+
+
+def test_tensors_among_the_arguments_move_with_a_module():
+    """Also those that replace a number after the module was made; numbers may replace tensors as well."""
+    loss = NoisedTopKLoss(k=2, seed=torch.tensor(3))
+    loss.epsilon, loss.margin, loss.weight = torch.tensor(0.5), torch.rand(9), torch.ones(9)
+    assert loss.state_dict().keys() == {"margin", "weight"}
+    loss.to("meta")
+    assert all(x.is_meta for x in (loss.epsilon, loss.margin, loss.weight, loss.seed))
+    assert loss(torch.randn(4, 9, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")).is_meta
+    loss.epsilon, loss.margin, loss.weight, loss.seed = nn.Parameter(torch.tensor(0.5)), 0.5, None, 4
+    assert [name for name, _ in loss.named_parameters()] == ["epsilon"] and not loss.state_dict().keys() - {"epsilon"}
+    loss.epsilon = 1.0
+    assert repr(loss) == "NoisedTopKLoss(k=2, margin=0.5, seed=4)" and not list(loss.parameters())
+    x, y = batch()
+    assert loss(x, y) == NoisedTopKLoss(k=2, margin=0.5, seed=4)(x, y)
+
+
+def test_cosine_logits_in_a_symbolic_trace():
+    model = nn.Sequential(nn.Linear(4, 8), NormedLinear(8, 5))
+    x = torch.randn(3, 4)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_a_criterion_is_checked_in_every_call():
+    head = LinearHead(8, 50, SampledCrossEntropy(seed=1))
+    x, y = torch.randn(4, 8), torch.arange(4)
+    before = head(x, y)
+    head.criterion = nn.CrossEntropyLoss()
+    with pytest.raises(TypeError, match="criterion must be a loss module of topk_fast, .* got CrossEntropyLoss"):
+        head(x, y)
+    head.criterion = SampledCrossEntropy(seed=1)
+    assert head(x, y) == before
+    head.criterion.forward = lambda *args: 0.0
+    with pytest.raises(TypeError, match="LinearHead does not call its criterion's forward"):
+        head(x, y)
+
+
 # Where the noise comes from
 
 

@@ -576,9 +576,7 @@ def test_transforms_of_torch_func_say_what_to_do(function):
 @every_function
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_jit_trace_says_what_to_do(function, backend):
-    with raises(
-        RuntimeError, "torch.jit.trace would record one noise for all calls: use torch.export or torch.compile"
-    ):
+    with raises(RuntimeError, "torch.jit.trace would record one noise and one shape for all calls: use torch.export"):
         torch.jit.trace(lambda x: CALLS[function](x=x, backend=backend), (X,))
 
 
@@ -625,3 +623,11 @@ def test_an_error_leaves_no_trace(function, backend):
     with pytest.raises(IndexError):
         CALLS[function](y=Y + L, seed=1, backend=backend)
     assert torch.equal(CALLS[function](seed=1, backend=backend), expected)
+
+
+def test_more_classes_than_int32_ids():
+    """Rows without memory of their own: nothing is read before the check."""
+    rows = torch.zeros(1, 1, dtype=torch.bfloat16).expand(1, 2**31)
+    for call in (noised_topk, noised_topk_candidates, lambda x, k: bal_noised_topk_loss(x, Y[:1], k)):
+        with raises(ValueError, "there must be fewer than 2**31 classes, got 2147483648"):
+            call(rows, 1)

@@ -138,6 +138,9 @@ def test_the_blocks_of_data_parallel_training_under_torchrun(tmp_path):
 weight = next(model.parameters()).detach().clone()
 dist.broadcast(weight, 0)
 assert world == 2 and torch.equal(weight, next(model.parameters())), rank
+seeds = [None] * world  # of the next call's noise
+dist.all_gather_object(seeds, torch.randint(2**62, ()).item())
+assert len(set(seeds)) == world
 dist.barrier()
 print(f"rank {rank} of {world} is right", flush=True)
 """
@@ -194,7 +197,7 @@ ANEW = {
     "noise": (["normal", "gumbel", "normal"], [1, 2, 2]),
     "link": (["hinge", "softplus", "identity"], [1, 2, 3]),
     "temperature": ([1.0, 0.5, 0.25], [1, 3, 4]),  # torch.compile tries a dynamic one first
-    "margin": ([1.0, 0.5, 0.25, 0.0], [1, 2, 2, 4]),
+    "margin": ([1.0, 0.5, 0.25, 0.0], [1, 2, 2, 2]),
     "a tensor as margin": ([torch.ones(300), torch.zeros(300), torch.arange(300.0)], [1, 1, 1]),
     "rank_weights": ([(1.0,), (2.0,), (3.0,)], [1, 2, 2]),
     "exclude_target": ([False, True, False], [1, 2, 2]),
