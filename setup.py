@@ -27,6 +27,7 @@ FLAGS = [
     "-std=c++17",
     "-Wall",
     "-Wextra",
+    "-fno-fast-math",  # that CFLAGS may have
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",

@@ -36,7 +36,7 @@ TOPK_FAST_FN float widen(Half x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
   return y;
 #else
-  // Integer steps vectorise on every instruction set, and a flush-to-zero mode changes nothing.
+  // Steps that vectorise on every instruction set; no subnormal float is among their operands.
   const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, body = x.bits & 0x7fffu;
   const uint32_t normal = (body << 13) + (body >= 0x7c00u ? 0x70000000u : 0x38000000u);
   const uint32_t small = (uint32_t)Scalar::as_int((float)(int32_t)body * 5.9604644775390625e-08f);

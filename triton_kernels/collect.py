@@ -39,7 +39,7 @@ def lists_of(workspace, number, slot, parts, capacity, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def entry_of(score, class_id):
+def contender_of(score, class_id):
     """A contender as an int64 in the order of its score."""
     b = score.to(tl.int32, bitcast=True)
     high = b ^ ((b >> 31) & 0x7FFFFFFF)
@@ -128,7 +128,7 @@ def collect(row, cut, entries, capacity, start, skip, parts, SHAPE: tl.constexpr
             place = start + place_of(first + bit // WIDTH * LANES, parts, WIDTH) + bit % WIDTH
             kept = (words != 0) & (to >= count) & (to < capacity)
             score = widened(tl.load(row.places + place.to(tl.int64) * row.class_stride, mask=kept, other=0))
-            tl.store(entries + to, entry_of(score, place - row.lead), mask=kept)
+            tl.store(entries + to, contender_of(score, place - row.lead), mask=kept)
             to += 1
             words = rest
         taken = tl.minimum(total - skip, capacity - count)

@@ -44,7 +44,7 @@ class Ranks(NamedTuple):
 
 
 @triton.jit
-def contenders_drawn(best, row, cut, lists, listed, search, plan, first_sample, SHAPE: tl.constexpr):
+def enter_contenders(best, row, cut, lists, listed, search, plan, first_sample, SHAPE: tl.constexpr):
     """``best`` of some samples, which all classes above the cut have entered.
 
     ``listed`` is how many lists hold the contenders already, 0 where they are collected first. Returns the cut, which
@@ -156,7 +156,7 @@ def search_row(scores, tensors, search, plan, ranks, lists, listed, n, SHAPE: tl
     nan = 0
     for first_sample in range(0, search.n_sample, N):
         best = empty_best(search.k, SHAPE.KEPT, N)
-        best, cut, listed, bad = contenders_drawn(best, row, cut, lists, listed, search, plan, first_sample, SHAPE)
+        best, cut, listed, bad = enter_contenders(best, row, cut, lists, listed, search, plan, first_sample, SHAPE)
         nan = tl.maximum(nan, bad)
         if (cut > float("-inf")) & (nan == 0):
             best = walk(best, row, cut, search, first_sample, SHAPE)

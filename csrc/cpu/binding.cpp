@@ -1,12 +1,12 @@
-// The CPU ops on the LibTorch stable ABI: ops.h over this device. Search: search.h; gradient: gradient.h; link:
-// ../link.h.
+// The CPU ops on the LibTorch stable ABI: ops.h over this device. Search: search.h; gradient: gradient.h; link: link.h.
 #include <algorithm>
 #include <memory>
 
-#include "../link.h"
 #include "../ops.h"
+#include "exact.h"
 #include "gradient.h"
 #include "kernel.h"
+#include "link.h"
 
 namespace topk_fast {
 namespace {
@@ -43,31 +43,24 @@ struct Cpu {
     const Kernel& kernel = chosen_kernel();
     const int64_t cost = p.n_classes + 256 * std::min(share, p.n_sample);
     torch::stable::parallel_for(0, p.n_rows * job.n_split, grain(cost), [&](int64_t begin, int64_t end) {
+      const ExactFloats exact;
       const std::unique_ptr<int64_t[]> workspace(new int64_t[workspace_words(job)]);
       kernel.search(job, begin, end, workspace.get());
     });
+    const ExactFloats exact;
     if (job.picked) kernel.finish(job);
   }
 
   void link(const Link& p) const {
     STD_TORCH_CHECK(p.kind != LinkKind::kSoftplus, "a softplus of the CPU's excesses is left to torch");
+    const ExactFloats exact;
     p.is_double ? write_losses<double>(p) : write_losses<float>(p);
-  }
-
-  // Writes the rows' losses and slopes, and the divisor.
-  template <class S>
-  static void write_losses(const Link& p) {
-    S share = 0;
-    for (int64_t n = 0; n < p.n_rows; ++n) {
-      STD_TORCH_CHECK(has_numbers(p, n), "target out of bounds");
-      share += link_row<S, false>(p, n).share;
-    }
-    *(S*)p.divisor = p.reduction == Reduction::kMean ? share : (S)1;
   }
 
   void gradient(const Gradient& g) const {
     const int64_t cost = g.n_classes / 16 + 8 * g.n_sample * g.n_ranks;
     torch::stable::parallel_for(0, g.n_rows, grain(cost), [&](int64_t begin, int64_t end) {
+      const ExactFloats exact;
       switch (g.type) {
         case ScoreType::kFloat32: return gradient_rows<float>(g, begin, end);
         case ScoreType::kFloat64: return gradient_rows<double>(g, begin, end);

@@ -27,7 +27,7 @@ struct Row {
 
   int64_t groups() const { return (b1 - b0 + kLists - 1) / kLists; }
   Key<S>* list(int64_t b) const { return lists + b / kLists * kLists * p.k + b % kLists; }
-  S worst() const {
+  S reach() const {
     S least = (S)__builtin_inf();
     for (int64_t b = 0; b < b1 - b0; ++b) {
       const S kth = kth_value<S>(list(b), (int)p.k);
@@ -40,11 +40,24 @@ struct Row {
   }
 };
 
+// The row after this one. Draws wait for no memory, so that it is brought into L2 while they are made.
+struct Ahead {
+  uintptr_t at = 0, end = 0;
+
+  // Asks for another KiB of it.
+  void ask() {
+    if (at >= end) return;
+    for (uintptr_t line = at; line < at + 1024; line += 64) __builtin_prefetch((const void*)line, 0, 2);
+    at += 1024;
+  }
+};
+
 // Contenders that wait for their draws.
 template <class S>
 struct Tile {
   alignas(64) int32_t ids[kTileContenders + 80];
   alignas(64) S scores[kTileContenders + 80];
+  Ahead ahead;
 };
 
 // Calls draw_tile(n) for every full tile of ids above the cut, and for the last one, until one returns false. A NaN
@@ -58,7 +71,8 @@ static void collect(const Row<T>& row, Tile<S>& tile, F draw_tile) {
   int waiting = 0;
   for (int64_t start = 0; start < p.n_classes; start += 64) {
     // Mispredicted hits empty the pipeline, and with it the loads under way: these are not lost.
-    for (size_t i = 0; i < 64 * sizeof(T); i += 64) __builtin_prefetch((const char*)(scores + start) + kAhead + i);
+    for (size_t i = 0; i < 64 * sizeof(T); i += 64)
+      __builtin_prefetch((const void*)((uintptr_t)(scores + start) + kAhead + i));
     const S* x;
     const int64_t count = p.n_classes - start < 64 ? p.n_classes - start : 64;
     if (sizeof(T) == sizeof(S) && count == 64) {
@@ -71,8 +85,8 @@ static void collect(const Row<T>& row, Tile<S>& tile, F draw_tile) {
     const uint32_t hits[4] = {hits_above(x, cut), hits_above(x + 16, cut), hits_above(x + 32, cut),
                               hits_above(x + 48, cut)};
     if (!(hits[0] | hits[1] | hits[2] | hits[3])) continue;
-    const int32_t id = (int32_t)(p.first_class + start);
-    for (int j = 0; j < 4; ++j) waiting += append_numbers(id + j * kLanes, hits[j], tile.ids + waiting);
+    const uint32_t id = (uint32_t)(p.first_class + start);
+    for (uint32_t j = 0; j < 4; ++j) waiting += append_numbers((int32_t)(id + j * kLanes), hits[j], tile.ids + waiting);
     if (waiting < kTileContenders) continue;
     if (!draw_tile(waiting)) return;
     waiting = 0;

@@ -63,7 +63,7 @@ static void absorb(const Row<T>& row, Survivors<S>& held, int n, int64_t group) 
 
 // Draws of a group's samples for the tile's n contenders, and the best of them into its lists.
 template <class L, class T, class S>
-static void draw_group(const Row<T>& row, const Tile<S>& tile, int64_t group, const int32_t* bounds, int n) {
+static void draw_group(const Row<T>& row, Tile<S>& tile, int64_t group, const int32_t* bounds, int n) {
   const int64_t first = row.b0 + group * kLists;
   const int count = row.b1 - first < kLists ? (int)(row.b1 - first) : kLists;
   Survivors<S> held;
@@ -72,6 +72,7 @@ static void draw_group(const Row<T>& row, const Tile<S>& tile, int64_t group, co
   for (int i = 0; i < n; i += kLanes) {
     for (int list = 0; list < count; list += 4) {
       const uint32_t quad = (uint32_t)(first + list) / 4;
+      tile.ahead.ask();
       philox_block(row.keys, Counters<uint32_t, uint32_t>{(const uint32_t*)tile.ids + i, row.number, quad, 0}, kLanes,
                    words);
       for (int l = list; l < count && l < list + 4; ++l)
@@ -100,7 +101,7 @@ static bool draw(const Row<T>& row, Tile<S>& tile, int tile_n, int64_t drawn_bef
   const float epsilon = bound_epsilon(row.p.epsilon);
   const S base = row.cut > -inf ? row.cut : 0;
   const bool first = drawn_before == 0;
-  S reach = first ? base + (learned.rise.mean - 2 * learned.rise.spread) : row.worst();
+  S reach = first ? base + (learned.rise.mean - 2 * learned.rise.spread) : row.reach();
   for (;;) {
     alignas(64) int32_t bounds[kTileContenders + 64];
     alignas(64) float narrow[kTileContenders + 64];
@@ -109,11 +110,11 @@ static bool draw(const Row<T>& row, Tile<S>& tile, int tile_n, int64_t drawn_bef
       store(word_bound<L, Wide>(Wide::load(narrow + i), Wide::floats((float)reach), epsilon), bounds + i);
     for (int i = tile_n; i < n; ++i) bounds[i] = -1;
     for (int64_t group = 0; group < row.groups(); ++group) draw_group<L>(row, tile, group, bounds, n);
-    if (!first || !(row.worst() < reach)) break;
+    if (!first || !(row.reach() < reach)) break;
     reach = -inf;
     row.clear();
   }
-  const S least = row.worst();
+  const S least = row.reach();
   if (first && least > -inf && least < inf) learned.rise.learn(least - base, (S)row.p.epsilon * (S)0.125);
   return true;
 }

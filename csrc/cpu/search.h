@@ -5,7 +5,8 @@
 // of a long row), `collect` takes the classes above it in one pass, `draw` gives each a draw where that can matter,
 // and `walk` enters the others as arrivals, 32 samples of several rows side by side. `write` picks the ranks, and
 // `finish_row` takes the means in sample order.
-// Bytes: the row once, a sixth of it twice, one look-up an arrival. Work items are (row, share of the samples).
+// Bytes: the row once, what `cut_of` looks at (a sixth of a long row) twice, one look-up an arrival. Work items are
+// (row, share of the samples).
 // Bits: every rounding is noise.h's or stands here; the order is (value descending, class ascending).
 #pragma once
 
@@ -118,6 +119,11 @@ void search_items(const Job& job, int64_t begin, int64_t end, void* workspace) {
       const T* scores = (const T*)p.scores + item.n * p.row_stride;
       Row<T> row{p, philox_keys, scores, (uint32_t)(p.first_row + item.n), item.b0, item.b1, lists + i * keys, 0};
       row.cut = cut_of(p, scores, learned.cut);
+      const int64_t next = (first + i + 1) / job.n_split;
+      if (first + i + 1 < end && next != item.n) {
+        const uintptr_t begins = (uintptr_t)((const T*)p.scores + next * p.row_stride);
+        tile.ahead = {begins, begins + p.n_classes * sizeof(T)};
+      }
       nan[i] = !enter_contenders<L>(row, tile, learned);
       if (nan[i] || !(row.cut > -(S)__builtin_inf())) return;
       for (int64_t b = item.b0; b < item.b1; ++b) {

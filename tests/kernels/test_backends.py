@@ -633,3 +633,36 @@ def test_the_cpp_ops_refuse_what_they_could_not_read_safely(name, good, bad, mes
     op(**good)
     with pytest.raises(RuntimeError, match=message):
         op(**good | bad)
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("isa", _C.isas() if "cpp" in BACKENDS else [])
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float32, 1e-40), (torch.bfloat16, 1e-39), (torch.float64, 1e-310)], ids=str
+)
+def test_flushing_of_subnormals_changes_nothing(dtype, size, isa):
+    """torch.set_flush_denormal reaches the calling thread only: the bits of a row would depend on its thread."""
+    scores = (torch.randn(64, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * size).to(dtype)
+    target, threads = torch.arange(64), torch.get_num_threads()
+    incoming = torch.full((64, 2), 3 * size, dtype=reference.arithmetic(dtype))
+
+    def step():
+        leaf = scores.clone().requires_grad_()
+        excess = noised_excess(leaf, target, (1, 5), epsilon=size, n_sample=5, seed=3, backend="cpp")
+        excess.backward(incoming)
+        return excess.detach(), leaf.grad
+
+    with running(f"cpp:{isa}"):
+        expected = step()
+        assert expected[0].count_nonzero() == expected[0].numel() and expected[1].any()
+        try:
+            for n in (1, 2):
+                torch.set_num_threads(n)
+                assert torch.set_flush_denormal(True)
+                found = step()
+                torch.set_flush_denormal(False)
+                for ours, exact in zip(found, expected):
+                    assert_same(ours, exact)
+        finally:
+            torch.set_flush_denormal(False)
+            torch.set_num_threads(threads)

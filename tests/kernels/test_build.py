@@ -115,6 +115,19 @@ def fake_torch(packages, cuda="13.0", capabilities=()):
     )
 
 
+@NEEDS_COMPILER
+@pytest.mark.parametrize("flag", ["-ffast-math", "-ffinite-math-only"])
+def test_fast_math_does_not_compile(flag, tmp_path):
+    """The build switches it off where CFLAGS have it; other builds of the sources are stopped."""
+    source = tmp_path / "contract.cpp"
+    source.write_text('#include "noise.h"\n')
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-fsyntax-only", "-I", str(ROOT / "csrc"), str(source)]
+    done = subprocess.run([*compiler, flag], capture_output=True, text=True)
+    assert done.returncode and "fast-math breaks the noise contract" in done.stderr
+    flags = runpy.run_path(str(ROOT / "setup.py"))["FLAGS"]
+    assert subprocess.run([*compiler, flag, *flags]).returncode == 0
+
+
 def test_a_wrapper_script_tells_the_real_root(no_cuda, tmp_path):
     root = tmp_path / "cuda-13.0"
     real = make_nvcc(root / "bin" / "nvcc", root)
