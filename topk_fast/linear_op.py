@@ -15,9 +15,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, backends, checks, ops, reference
+from . import autograd, checks, ops, reference
 from .linear_gradient import Spread, prepare
 from .request import LABELS, LAYER, NOISE, Labels, Layer, LinearSearch, Noise, Place, without_noise
 
@@ -258,11 +257,3 @@ ops.define(
     _excess_of,
 )
 ops.register_derivative("linear_excess", _derivative_of)
-
-
-@register_flop_formula(
-    [getattr(torch.ops.topk_fast, f"{op}_{b}") for op in ("linear_candidates", "linear_excess") for b in backends.NAMES]
-)
-def _count_flops(input_shape, weight_shape, *args, out_shape=None, **options) -> int:
-    """Of the matmul, for torch.utils.flop_counter."""
-    return 2 * math.prod(input_shape) * weight_shape[0]
