@@ -31,7 +31,7 @@ from benchmarks.peers import PEERS
 from benchmarks.study.tables import TABLES as STUDY
 
 IMAGES = ROOT / "docs" / "img"
-PAGES = ("README.md", "docs/choosing.md", "docs/design.md", "docs/performance.md", "docs/study.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/design.md", "docs/performance.md", "docs/study.md", "docs/study_tables.md")
 LOSSES = ("cross-entropy", "topk_fast", "sampled cross-entropy", "pytopk")
 LOSSES_IN_README = ("cross-entropy", "sampled cross-entropy", "topk_fast", "pytopk")
 # Of the sampled cross-entropy's time and memory to PLAIN, at L = 100 000; with sparse_grad the second of each.

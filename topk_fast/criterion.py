@@ -80,7 +80,7 @@ class Criterion(NamedTuple):
         return self.reduce(*self.losses(self.linked(excess, labels), labels))
 
     def slope(self, linked: Tensor, labels: Labels) -> Tensor:
-        """The derivative [N, M] of the losses in the excesses, for links that are straight but for a kink."""
+        """The derivative [N, M] of the losses in the excesses, for links that are straight except for a kink."""
         slope = linked.sign() if self.link == "hinge" else torch.ones_like(linked)  # a hinge is not negative
         if self.rank_weights is not None:
             slope = torch.stack([x * r for x, r in zip(slope.unbind(1), self.rank_weights)], dim=1)

@@ -54,10 +54,10 @@ def noised_topk(
         input: scores, float32, float64, bfloat16 or float16; L entries along ``dim``. -inf masks an entry; a row
             with fewer than k finite scores has the value -inf, one with a NaN has NaN.
         k: rank, 1 to L; 1 is the maximum. A sequence of up to 32 ranks takes one search for all of them.
-        epsilon: noise level, >= 0, in units of the scores; 0 gives the plain k-th largest value, but for
-            the rounding of a mean of ``n_sample`` equal numbers. A floating-point
-            tensor without dimensions on input's device may change between calls of a compiled or captured graph, as
-            a schedule does; one that requires grad, and then is > 0, is learned.
+        epsilon: noise level, >= 0, in units of the scores; 0 gives the plain k-th largest value, except for the
+            rounding of a mean of ``n_sample`` equal numbers. A floating-point tensor without dimensions on input's
+            device may change between calls of a compiled or captured graph, as a schedule does; one that requires grad,
+            and then is > 0, is learned.
         n_sample: number B of noise vectors, >= 1.
         dim: the dimension that is searched.
         noise: "normal", a standard normal law, or "gumbel", a Gumbel law less its mean. With the latter and rank 1 the

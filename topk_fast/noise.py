@@ -100,7 +100,7 @@ def upper_quantile(p: Tensor) -> Tensor:
 
 
 def normal(word: Tensor) -> Tensor:
-    """A standard normal draw, falling as its word grows but for rounding."""
+    """A standard normal draw, falling as its word grows, except for rounding."""
     lower = word > 0x7FFFFFFF
     m = torch.where(lower, _MASK - word, word)
     z = upper_quantile((m.to(torch.float32) + 0.5) * 2.0**-32)
@@ -123,7 +123,7 @@ def hazard_quantile(e: Tensor) -> Tensor:
 
 
 def gumbel(word: Tensor) -> Tensor:
-    """A draw from Gumbel's law less its mean, Euler's constant, falling as its word grows but for rounding."""
+    """A draw from Gumbel's law less its mean, Euler's constant, falling as its word grows, except for rounding."""
     lower = word > 0x7FFFFFFF
     m = torch.where(lower, _MASK - word, word)
     p = (m.to(torch.float32) + 0.5) * 2.0**-32

@@ -1,6 +1,7 @@
 """The runs that the study's plan asks for, a run itself, those on record, and their collection in one file."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,13 @@ from examples.training import fit_best_epoch
 
 SEEDS = (1, 2, 3, 4, 5)
 TRIAL_SEED = 0
-SECOND_TRIALS = 6
+SECOND_TRIALS = THIRD_TRIALS = 6
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a data set is studied: each loss has `trials` trials per optimizer and SECOND_TRIALS around the best of them,
-    and the best of all is run again under SEEDS.
+    """How a data set is studied: each loss has `trials` trials per optimizer, SECOND_TRIALS around the best of them, and
+    THIRD_TRIALS where the others are best; the best of all is run again under SEEDS.
     """
 
     epochs: int
@@ -94,6 +95,17 @@ def settings_near(best: dict, loss: str) -> list[dict]:
     return [best | a | b for a, b in zip(common, own)]
 
 
+def settings_shared(chosen: dict[str, dict]) -> dict[str, list[dict]]:
+    """The settings of the third trials: the settings of the optimizer with which most losses are best, so that no loss
+    misses a region which another one found; a loss's own settings are those of its best trial.
+    """
+    names = (*OPTIMIZER, "eps", "momentum")
+    of_optimizer = Counter(tuple((name, s[name]) for name in names if name in s) for s in chosen.values())
+    shared = [dict(found) for found, _ in of_optimizer.most_common(THIRD_TRIALS)]
+    own = {loss: {name: s[name] for name in s if name not in names} for loss, s in chosen.items()}
+    return {loss: [found | own[loss] for found in shared] for loss in chosen}
+
+
 def job_of(stage: str, data: str, loss: str, settings: dict, seed: int) -> dict:
     plan = PLANS[data]
     length = {"epochs": plan.epochs, "batch": plan.batch, "keep_by": plan.keep_by}
@@ -131,8 +143,13 @@ def jobs(data: str, done: list[dict]) -> list[dict]:
         + [job_of("second trial", data, loss, point, TRIAL_SEED) for point in settings_near(best, loss)]
         for loss, best in best_settings(data, trials, done).items()
     }
-    chosen = best_settings(data, both, done)
-    return [job for wanted in (trials | both).values() for job in wanted] + [
+    chosen, all_trials = best_settings(data, both, done), trials | both
+    if len(chosen) < len(plan.losses):  # the third trials depend on all losses
+        return [job for wanted in all_trials.values() for job in wanted]
+    for loss, points in settings_shared(chosen).items():
+        all_trials[loss] = both[loss] + [job_of("third trial", data, loss, point, TRIAL_SEED) for point in points]
+    chosen = best_settings(data, all_trials, done)
+    return [job for wanted in all_trials.values() for job in wanted] + [
         job_of("test", data, loss, best, seed) for loss, best in chosen.items() for seed in SEEDS
     ]
 

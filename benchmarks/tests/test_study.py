@@ -174,10 +174,13 @@ def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     higher = [job | {plan.keep_by: 1.0 + place} for place, job in enumerate(second)]
     best_second = {trial["loss"]: trial["settings"] for trial in second}
     for found, chosen in ((lower, best), (higher, best_second)):
+        third = jobs.left_of(jobs.jobs("features", done + found), done + found)
+        assert {job["stage"] for job in third} == {"third trial"} and {job["loss"] for job in third} == {*plan.losses}
+        found = found + [job | {plan.keep_by: -1.0} for job in third]
         tests = jobs.left_of(jobs.jobs("features", done + found), done + found)
         assert {job["stage"] for job in tests} == {"test"} and len(tests) == len(plan.losses) * len(jobs.SEEDS)
         assert all(job["settings"] == chosen[job["loss"]] for job in tests)
-    done += higher
+    done += found
     ablations = [job for job in jobs.ablation_jobs(done) if job["stage"] == "ablation of epsilon"]
     assert {job["settings"]["epsilon"] for job in ablations if job["loss"] == BALANCED} == set(
         jobs.ABLATIONS[BALANCED]["epsilon"]
@@ -185,6 +188,22 @@ def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     assert not any("momentum" in job["settings"] for job in jobs.ablation_jobs(done))
     assert jobs.left_of(jobs.jobs("features", done), done + tests) == []
     assert all(job["stage"] == "trial" for job in jobs.jobs("glyphs", done))
+
+
+def test_third_trials_have_the_optimizers_of_the_other_losses():
+    chosen = {
+        "a": {"lr": 0.1, "weight_decay": 0.2, "eps": 1e-8, "epsilon": 3.0},
+        "b": {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.9},
+        "c": {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.9, "tau": 0.5},
+    }
+    sgd, adam = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.9}, {"lr": 0.1, "weight_decay": 0.2, "eps": 1e-8}
+    assert jobs.settings_shared(chosen) == {  # the optimizer of most losses first
+        "a": [sgd | {"epsilon": 3.0}, adam | {"epsilon": 3.0}],
+        "b": [sgd, adam],
+        "c": [sgd | {"tau": 0.5}, adam | {"tau": 0.5}],
+    }
+    many = {str(i): {"lr": float(i), "weight_decay": 0.1, "eps": 1e-8} for i in range(20)}
+    assert all(len(points) == jobs.THIRD_TRIALS for points in jobs.settings_shared(many).values())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
