@@ -31,7 +31,7 @@ from benchmarks.peers import PEERS
 from benchmarks.study.tables import TABLES as STUDY
 
 IMAGES = ROOT / "docs" / "img"
-PAGES = ("README.md", "docs/choosing.md", "docs/design.md", "docs/performance.md", "docs/study.md", "docs/study_tables.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("choosing", "design", "performance", "study", "study_tables")))
 LOSSES = ("cross-entropy", "topk_fast", "sampled cross-entropy", "pytopk")
 LOSSES_IN_README = ("cross-entropy", "sampled cross-entropy", "topk_fast", "pytopk")
 # Of the sampled cross-entropy's time and memory to PLAIN, at L = 100 000; with sparse_grad the second of each.
@@ -86,8 +86,10 @@ def speed_table() -> str:
     note = (
         "Forward + backward on N(0, 1) scores or features, epsilon = 1, and the peak of extra memory; in brackets the "
         "ratio to cross-entropy. On logits a figure is the median of all cases of one run that have the shape; "
-        f"cross-entropy's range from {' and '.join(ranges)}. The layer: {where(linear['environment'])} Logits:"
+        f"cross-entropy's range from {' and '.join(ranges)}."
     )
+    if (layer := where(linear["environment"])) != where(report["environment"]):
+        note += f" The layer: {layer} Logits:"
     return show(["", "cross-entropy", "sampled, B = 16", "noised top-5, B = 5", "pytopk"], rows, note, report)
 
 

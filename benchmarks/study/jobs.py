@@ -21,8 +21,8 @@ SECOND_TRIALS = THIRD_TRIALS = 6
 
 @dataclass(frozen=True)
 class Plan:
-    """How a data set is studied: each loss has `trials` trials per optimizer, SECOND_TRIALS around the best of them, and
-    THIRD_TRIALS where the others are best; the best of all is run again under SEEDS.
+    """How a data set is studied: each loss has `trials` trials per optimizer, SECOND_TRIALS around the best of them,
+    and THIRD_TRIALS where the others are best; the best of all is run again under SEEDS.
     """
 
     epochs: int
