@@ -95,15 +95,18 @@ def settings_near(best: dict, loss: str) -> list[dict]:
     return [best | a | b for a, b in zip(common, own)]
 
 
-def settings_shared(chosen: dict[str, dict]) -> dict[str, list[dict]]:
-    """The settings of the third trials: the settings of the optimizer with which most losses are best, so that no loss
-    misses a region which another one found; a loss's own settings are those of its best trial.
+def settings_shared(chosen: dict[str, dict], tried: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The settings of the third trials: those of the optimizer with which other losses are best, and which this one has
+    not tried, up to THIRD_TRIALS; those of more losses first, then in the order of the losses. A loss's own settings
+    are those of its best trial.
     """
-    names = (*OPTIMIZER, "eps", "momentum")
+    names, found = (*OPTIMIZER, "eps", "momentum"), {}
     of_optimizer = Counter(tuple((name, s[name]) for name in names if name in s) for s in chosen.values())
-    shared = [dict(found) for found, _ in of_optimizer.most_common(THIRD_TRIALS)]
-    own = {loss: {name: s[name] for name in s if name not in names} for loss, s in chosen.items()}
-    return {loss: [found | own[loss] for found in shared] for loss in chosen}
+    for loss, best in chosen.items():
+        own = {name: best[name] for name in best if name not in names}
+        points = [dict(shared) | own for shared, _ in of_optimizer.most_common()]
+        found[loss] = [point for point in points if point not in tried[loss]][:THIRD_TRIALS]
+    return found
 
 
 def job_of(stage: str, data: str, loss: str, settings: dict, seed: int) -> dict:
@@ -146,7 +149,8 @@ def jobs(data: str, done: list[dict]) -> list[dict]:
     chosen, all_trials = best_settings(data, both, done), trials | both
     if len(chosen) < len(plan.losses):  # the third trials depend on all losses
         return [job for wanted in all_trials.values() for job in wanted]
-    for loss, points in settings_shared(chosen).items():
+    tried = {loss: [job["settings"] for job in wanted] for loss, wanted in both.items()}
+    for loss, points in settings_shared(chosen, tried).items():
         all_trials[loss] = both[loss] + [job_of("third trial", data, loss, point, TRIAL_SEED) for point in points]
     chosen = best_settings(data, all_trials, done)
     return [job for wanted in all_trials.values() for job in wanted] + [

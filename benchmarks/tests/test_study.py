@@ -173,14 +173,21 @@ def test_jobs_follow_from_the_best_trial_and_are_not_repeated():
     lower = [job | {plan.keep_by: 0.0} for job in second]
     higher = [job | {plan.keep_by: 1.0 + place} for place, job in enumerate(second)]
     best_second = {trial["loss"]: trial["settings"] for trial in second}
-    for found, chosen in ((lower, best), (higher, best_second)):
-        third = jobs.left_of(jobs.jobs("features", done + found), done + found)
-        assert {job["stage"] for job in third} == {"third trial"} and {job["loss"] for job in third} == {*plan.losses}
-        found = found + [job | {plan.keep_by: -1.0} for job in third]
+    for found, chosen in ((lower, best), (higher, best_second)):  # the same optimizer is best for all
         tests = jobs.left_of(jobs.jobs("features", done + found), done + found)
         assert {job["stage"] for job in tests} == {"test"} and len(tests) == len(plan.losses) * len(jobs.SEEDS)
         assert all(job["settings"] == chosen[job["loss"]] for job in tests)
-    done += found
+    # One loss is best with another optimizer, which the others try with their own settings, if they have any.
+    found = [job | {plan.keep_by: 2.0 * (job["loss"] == "LDAM")} for job in second]
+    third = [job for job in jobs.left_of(jobs.jobs("features", done + found), done + found) if job["stage"] != "test"]
+    assert {job["stage"] for job in third} == {"third trial"}
+    assert {job["loss"] for job in third} == {loss for loss in plan.losses if LOSSES[loss].space}
+    found += [job | {plan.keep_by: 3.0} for job in third]
+    last = jobs.left_of(jobs.jobs("features", done + found), done + found)
+    assert {job["stage"] for job in last} == {"test"} and {job["loss"] for job in last} == {*plan.losses}
+    chosen = {job["loss"]: job["settings"] for job in last}
+    assert all(chosen[job["loss"]] == job["settings"] for job in third)
+    done += higher
     ablations = [job for job in jobs.ablation_jobs(done) if job["stage"] == "ablation of epsilon"]
     assert {job["settings"]["epsilon"] for job in ablations if job["loss"] == BALANCED} == set(
         jobs.ABLATIONS[BALANCED]["epsilon"]
@@ -197,13 +204,15 @@ def test_third_trials_have_the_optimizers_of_the_other_losses():
         "c": {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.9, "tau": 0.5},
     }
     sgd, adam = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.9}, {"lr": 0.1, "weight_decay": 0.2, "eps": 1e-8}
-    assert jobs.settings_shared(chosen) == {  # the optimizer of most losses first
+    assert jobs.settings_shared(chosen, {loss: [] for loss in chosen}) == {  # the optimizer of most losses first
         "a": [sgd | {"epsilon": 3.0}, adam | {"epsilon": 3.0}],
         "b": [sgd, adam],
         "c": [sgd | {"tau": 0.5}, adam | {"tau": 0.5}],
     }
+    assert jobs.settings_shared(chosen, {"a": [], "b": [sgd], "c": [sgd, adam]})["b"] == [adam]
     many = {str(i): {"lr": float(i), "weight_decay": 0.1, "eps": 1e-8} for i in range(20)}
-    assert all(len(points) == jobs.THIRD_TRIALS for points in jobs.settings_shared(many).values())
+    found = jobs.settings_shared(many, {loss: [many[loss]] for loss in many})
+    assert all(len(points) == jobs.THIRD_TRIALS and many[loss] not in points for loss, points in found.items())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
