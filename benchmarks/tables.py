@@ -300,14 +300,14 @@ def triton_table() -> str:
         if (c["target"], c["kernel"]) == ("sm_90", "search_kernel")
     ]
     head = ["N, L", "dtype", "law", "ranks", "B", "registers", "spills", "instructions"]
-    return grid(head, rows) + "\n\n" + _counted("The search, compiled for sm_90.", report)
+    return grid(head, rows) + "\n\n" + _counted("The search was compiled for sm_90.", report)
 
 
 def triton_variants_table() -> str:
     """How many kernels Triton compiles as something varies."""
     report = result("triton_static")
     rows = [[what, str(count)] for what, count in report["variants"].items()]
-    return grid(["what varies", "kernels"], rows) + "\n\n" + _counted("The gradient included.", report)
+    return grid(["what varies", "kernels"], rows) + "\n\n" + _counted("The counts include the gradient.", report)
 
 
 def _counted(note: str, report: dict) -> str:

@@ -115,13 +115,16 @@ class Training:
         self.steps = take_steps(loss_of, len(rows), BATCH, optimizers, order)
         self.losses, self.seconds, self.cpu_seconds = [next(self.steps)], 0.0, 0.0  # makes the optimizers' state
         self.peak = measure_peak(lambda: self.losses.append(next(self.steps)))
+        self.noise = torch.get_rng_state()
 
     def take(self, n_steps: int) -> None:
-        """Some steps, which are timed."""
+        """Some steps, which are timed. Other losses draw between them, which changes nothing here."""
+        torch.set_rng_state(self.noise)
         start, spent = time.perf_counter(), time.process_time()
         self.losses += islice(self.steps, n_steps)
         self.seconds += time.perf_counter() - start
         self.cpu_seconds += time.process_time() - spent
+        self.noise = torch.get_rng_state()
 
     def costs(self) -> dict[str, float]:
         """What a step takes; times where any were timed."""
@@ -133,7 +136,8 @@ class Training:
 
 def train(trainings: dict[str, Training], n_steps: int, quiet: bool | None) -> None:
     """Trains all until each has taken ``n_steps``, some steps of one after some of the other."""
-    with tqdm(total=n_steps * len(trainings), unit="step", disable=quiet) as bar:
+    taken = sum(len(t.losses) for t in trainings.values())
+    with tqdm(total=n_steps * len(trainings), initial=taken, unit="step", disable=quiet) as bar:
         while left := [(name, t) for name, t in trainings.items() if len(t.losses) < n_steps]:
             for name, training in left:
                 n = min(IN_A_ROW, n_steps - len(training.losses))

@@ -229,7 +229,7 @@ def _check_criterion(criterion) -> Loss:
             "criterion must be a loss module of topk_fast, such as SampledCrossEntropy(16), got "
             f"{type(criterion).__name__}; other losses take the logits of a torch.nn.Linear"
         )
-    if type(criterion).forward is not Loss.forward or "forward" in vars(criterion):
+    if type(criterion).forward is not Loss.forward:
         raise TypeError(
             f"LinearHead does not call its criterion's forward, which {type(criterion).__name__} overrides: change the "
             "head's loss, or pass the logits of a torch.nn.Linear"

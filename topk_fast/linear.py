@@ -2,7 +2,7 @@ r"""Linear layer and loss in one, for so many classes that logits [N, L] would n
 
 .. math:: s = x W^T + b, \qquad \ell(x, y) = \text{the loss of } s \text{ and } y
 
-Their door is ``linear_losses.py``; the pass over the classes and the gradient are in ``linear_op.py``.
+Arguments become requests in ``linear_losses.py``; the pass over the classes and the gradient are in ``linear_op.py``.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ r"""The ops of a linear layer and search in one, and their derivatives.
           \partial\ell / \partial x = \sum_{j} g_j w_j, \quad \partial\ell / \partial w_j = \sum_n g_{nj} x_n
 
 The gradient g of the scores has at most B * M + 1 entries a row (`reference.entries`), so one matmul is enough: the
-forward walks it in tiles of rows and classes and keeps the k best of each (row, sample), and the backward gathers as
+forward takes it in tiles of rows and classes and keeps the k best of each (row, sample), and the backward gathers as
 many rows of the weight per row of the input, and adds as many rows into the weight's gradient, class by class in a
 fixed order. Second derivatives are those of the same sums with g held constant, as it is between the points where a
 rank changes hands.
@@ -160,12 +160,12 @@ def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     rows, weight, target, ids = ctx.saved_tensors
     first = 0 if ctx.shards is None else ctx.shards.first_class
     grad = grad.to(reference.arithmetic(ctx.layer.dtype))
-    classes, values = reference.entries(grad, ids, Labels(target, ctx.ignore_index))
+    classes, values, present = reference.entries(grad, ids, Labels(target, ctx.ignore_index))
     values = values.masked_fill(reference.marks_nan(ids)[:, None] & (classes == target[:, None]), math.nan)
     classes, order = classes.sort(dim=1)
-    values, place = values.gather(1, order), classes - first
+    values, present, place = values.gather(1, order), present.gather(1, order), classes - first
     repeated = F.pad(classes[:, 1:] == classes[:, :-1], (1, 0))  # equal classes have equal values: one is enough
-    active = ~repeated & (place >= 0) & (place < weight.shape[0])
+    active = present & ~repeated & (place >= 0) & (place < weight.shape[0])
     if not again:  # an entry of 0 has derivatives, too
         active = active & (values != 0)
     values, place = values.masked_fill(~active, 0), place.masked_fill(~active, 0)

@@ -1,8 +1,8 @@
 """Modules around :mod:`topk_fast.functional`, with the names, defaults and state_dict of ``pytopk``."""
 
 from collections.abc import Sequence
-from inspect import Parameter as Argument
 from inspect import signature
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ __all__ = [
 ]
 
 
-# The arguments that may be tensors, and whether a state_dict has them.
-_TENSORS = {"epsilon": False, "seed": False, "margin": True, "weight": True, "offset": True}
+# The arguments that are buffers where they are tensors, and whether a state_dict has them. A seed is none, because
+# DistributedDataParallel makes the buffers of all ranks equal.
+_TENSORS = {"epsilon": False, "margin": True, "weight": True, "offset": True}
 torch.fx.wrap("unit_rows")  # a call of its own in a graph of torch.fx.symbolic_trace, which cannot look into it
 
 
@@ -48,15 +49,27 @@ class _Noised(Module):
 
     def __setattr__(self, name: str, value) -> None:
         """A tensor among the arguments is a buffer, which moves with the module, also where it replaces a number."""
-        if name in _TENSORS and not isinstance(value, Parameter):
+        # A property of a subclass, or of torch.nn.utils.parametrize, sets what it likes.
+        if name in _TENSORS and not isinstance(value, Parameter) and not hasattr(type(self), name):
             self._parameters.pop(name, None)
-            if isinstance(value, Tensor) and name not in self._buffers:
+            if value is not None and not isinstance(value, Tensor):
+                self._buffers.pop(name, None)
+            elif name not in self._buffers:
                 self.__dict__.pop(name, None)
                 self.register_buffer(name, value, persistent=_TENSORS[name])
                 return
-            if not isinstance(value, Tensor | None):
-                self._buffers.pop(name, None)
         super().__setattr__(name, value)
+
+    def _apply(self, function, recurse=True):
+        exact = {name: x for name, x in self._buffers.items() if x is not None}
+        super()._apply(function, recurse)
+        for name, x in exact.items():  # .half() of a whole model would round the margins for good
+            if self._buffers[name].dtype != x.dtype:
+                self._buffers[name] = x.to(self._buffers[name].device)
+        if isinstance(self.seed, Tensor):
+            moved = function(self.seed)
+            self.seed = moved if self.seed.is_meta else self.seed.to(moved.device)
+        return self
 
     def extra_repr(self) -> str:
         """The arguments that have no default, and all others that are not at theirs."""
@@ -72,9 +85,16 @@ class _Noised(Module):
                 shown.append(f"cls_num_list=<{len(value)} classes>")
             elif isinstance(value, Tensor) and value.dim():
                 shown.append(f"{name}=<{len(value)} classes>")
-            elif argument.default is Argument.empty or repr(value) != repr(argument.default):
+            elif not _equal(value, argument.default):
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
+
+
+def _equal(value, default) -> bool:
+    """Numbers by value, all else by text, since arrays and tensors have no one answer."""
+    if isinstance(value, Real) and isinstance(default, Real):
+        return value == default
+    return repr(value) == repr(default)
 
 
 class NoisedTopK(_Noised):
@@ -144,8 +164,6 @@ class Loss(_Noised):
         loss_checks.check_link(loss.criterion, len(ranks))
         for name, x in loss.vectors.items():
             checks.check_class_vector(name, x, None, getattr(x, "device", None))
-        self.register_buffer("weight", None)
-        self.register_buffer("offset", None)
         for name, value in {**loss.criterion._asdict(), "offset": loss.offset}.items():
             setattr(self, name, value)
 
@@ -162,14 +180,6 @@ class Loss(_Noised):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return losses.evaluate(input, target, self.as_request())
-
-    def _apply(self, function, recurse=True):
-        exact = {name: x for name, x in self._buffers.items() if x is not None}
-        super()._apply(function, recurse)
-        for name, x in exact.items():  # .half() of a whole model would round the margins for good
-            if self._buffers[name].dtype != x.dtype:
-                self._buffers[name] = x.to(self._buffers[name].device)
-        return self
 
     def __deepcopy__(self, memo):
         return sharding.copy_with_group(self, memo)

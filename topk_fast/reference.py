@@ -276,13 +276,13 @@ def own_scores(scores: Tensor, target: Tensor, first_class: int) -> Tensor:
     return picked.masked_fill(~inside, 0).to(arithmetic(scores.dtype))
 
 
-def entries(grad: Tensor, classes: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-    """Classes and values [N, J] of the gradient's entries, J = B * M + 1, or B * M without a target.
+def entries(grad: Tensor, classes: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes and values [N, J] of the gradient's entries, and which exist; J is B * M + 1, or B * M without a target.
 
     The value at class j is the sum over m of ``grad[m] * (count / B)``, with the exact count of j among the classes of
     rank m, less the sum of ``grad`` where j is the true class. A class that stands several times has the same value
-    each time; an id below 0 becomes class 0 with class 0's value, which is 0 where class 0 has no entry. Rows whose
-    target is ``ignore_index`` have zeros.
+    each time; an id below 0 becomes class 0 with class 0's value. There is no entry, and its value is 0, where class 0
+    has none by itself, and in rows whose target is ``ignore_index``.
     """
     n_rows, n_sample, n_ranks = classes.shape
     target, ignore_index, _ = labels
@@ -301,7 +301,7 @@ def entries(grad: Tensor, classes: Tensor, labels: Labels) -> tuple[Tensor, Tens
         is_target = places == target[:, None]
         value = torch.where(is_target, value - total[:, None], value)
         absent = absent & ~is_target | (target == ignore_index)[:, None]
-    return places, value.masked_fill(absent, 0.0)
+    return places, value.masked_fill(absent, 0.0), ~absent
 
 
 def count_occurrences(places: Tensor, classes: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ def gradient(grad: Tensor, classes: Tensor, labels: Labels, of: Slice) -> Tensor
     :func:`entries` rounded to ``of.dtype``, zeros elsewhere; NaN in rows whose class ids are -2.
     """
     out = torch.zeros((classes.shape[0], of.n_classes), dtype=of.dtype, device=classes.device)
-    found, values = entries(grad, classes, labels)
+    found, values, _ = entries(grad, classes, labels)
     place = found - of.first_class
     row, column = ((place >= 0) & (place < of.n_classes)).nonzero(as_tuple=True)
     out.index_put_((row, place[row, column]), values[row, column].to(of.dtype))

@@ -1,7 +1,7 @@
 // The gradient of the scores, or of a slice of the classes: topk_fast/reference.py's `gradient`.
 //
 // A block finds the entries that fall into its share of the flat output, fills the share with zeros, 16 bytes a store,
-// and writes the entries: each byte goes to memory once, but for those. Threads take the entries of all rows.
+// and writes the entries: each byte goes to memory once, except for those. Threads take the entries of all rows.
 #pragma once
 
 #include "team.h"

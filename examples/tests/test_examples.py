@@ -354,7 +354,7 @@ def run_all_species(folder, name, *arguments, processes=None):
 
 
 def test_all_species_in_one_process_and_in_two(tmp_path):
-    """All losses learn; classes over two processes give the losses of one, but for the rounding of their sums."""
+    """All losses learn; classes over two processes give the losses of one, except for the rounding of their sums."""
     cached(tmp_path / "species_whole.npz", whole_data)
     both, printed = run_all_species(tmp_path, "both")
     for name, row in both["losses"].items():

@@ -295,6 +295,17 @@ def test_derivatives_where_the_incoming_gradient_is_zero(kind):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_features_of_ignored_rows_do_not_matter(create_graph):
+    """Also where a graph of the derivative holds the entries that are 0."""
+    x, weight, bias, target = layer(torch.float64)
+    ignored, leaves = target == -100, (weight, bias)
+    expected = torch.autograd.grad(fused(x, *leaves, target, "with a bias"), leaves)
+    bad = x.detach().masked_fill(ignored[:, None], NAN)
+    found = torch.autograd.grad(fused(bad, *leaves, target, "with a bias"), leaves, create_graph=create_graph)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 def test_batches_of_incoming_gradients_say_what_to_do():
     x, weight, bias, target = layer()
     losses = fused(x, weight, bias, target, "plain", reduction="none")

@@ -645,12 +645,16 @@ def test_flushing_of_subnormals_changes_nothing(dtype, size, isa):
     scores = (torch.randn(64, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * size).to(dtype)
     target, threads = torch.arange(64), torch.get_num_threads()
     incoming = torch.full((64, 2), 3 * size, dtype=reference.arithmetic(dtype))
+    criterion = Criterion("identity", margin=0.0, scale=0.5, reduction="none")
 
     def step():
         leaf = scores.clone().requires_grad_()
         excess = noised_excess(leaf, target, (1, 5), epsilon=size, n_sample=5, seed=3, backend="cpp")
         excess.backward(incoming)
-        return excess.detach(), leaf.grad
+        one = noised_excess(scores[:1], target[:1], 5, epsilon=size, n_sample=40, seed=3, backend="cpp")  # many threads
+        labels = Labels(target)
+        losses, slope, _ = ops.kernel("link", "cpp")(excess.detach(), *labels[:2], *criterion.arguments(2))
+        return excess.detach(), leaf.grad, one, losses, slope
 
     with running(f"cpp:{isa}"):
         expected = step()

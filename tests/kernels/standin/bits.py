@@ -54,7 +54,7 @@ def close(given, expected, note=""):
 
 
 def check(host_kernels, run, scores, others=(), upstream=torch.ones_like, note="", same=assert_same):
-    """Both devices' results are the same, but for the order of a sum over rows."""
+    """Both devices' results are the same, except for the order of a sum over rows."""
     on_cpu = results(host_kernels, run, scores, others, upstream, "cpu")
     on_device = results(host_kernels, run, scores, others, upstream, "cuda")
     assert all(x.is_cuda for x in on_device)
