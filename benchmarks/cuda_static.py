@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.model.sass import FLAGS, SOURCE, readable, run, tool
+from benchmarks.model.sass import FLAGS, SOURCE, readable, run, tool, usage_of
 from examples.machine import stamp
 from examples.report import table, write
 
@@ -33,17 +33,16 @@ def forbidden_in(ptx: str) -> list[str]:
 
 def facts_of(cubin: Path, ptx: str) -> dict[str, dict]:
     """What was compiled, by the kernels' names in it."""
-    usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", run(tool("cuobjdump"), "-res-usage", cubin)))
+    usage = usage_of(cubin)
     forbidden = {part.split("(")[0]: forbidden_in(part) for part in ptx.split(".entry ")[1:]}
     instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][\w.]+)", re.M)
     found = {}
     for part in re.split(r"^//-+ \.text\.", run(tool("nvdisasm"), "-c", cubin), flags=re.M)[1:]:
         name, ops = part.split(None, 1)[0], instruction.findall(part)
-        used = dict(re.findall(r"(\w+):(\d+)", usage[name]))
         count = lambda pattern, ops=ops: sum(bool(re.match(pattern, op)) for op in ops)  # noqa: E731
         found[name] = {
-            "registers": int(used["REG"]),
-            "stack_bytes": int(used["STACK"]),
+            "registers": usage[name]["REG"],
+            "stack_bytes": usage[name]["STACK"],
             "spill_loads_and_stores": count(r"LDL|STL"),
             "instructions": len(ops),
             "loads_of_16_bytes": count(r"LDG?\.E.*\.128"),

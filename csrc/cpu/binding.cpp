@@ -47,8 +47,9 @@ struct Cpu {
       const std::unique_ptr<int64_t[]> workspace(new int64_t[workspace_words(job)]);
       kernel.search(job, begin, end, workspace.get());
     });
+    if (!job.picked) return;
     const ExactFloats exact;
-    if (job.picked) kernel.finish(job);
+    kernel.finish(job);
   }
 
   void link(const Link& p) const {
